@@ -4,8 +4,9 @@ Run it with the path of WordNet's `data.noun` (on Debian: `/usr/share/wordnet/da
 `wordnet-base`); it writes the table beside itself.  The same input gives the same rows in the same order.
 
 A line of the table is `class <TAB> offset <TAB> definition`: one of WordNet's 26 lexicographer classes of
-nouns, the byte offset that names the synset in `data.noun`, and the definition without the usage examples behind it.
-The draw is uniform and the lines lie in random order, so that the first n of them are a fair sample too.
+nouns, the byte offset that names the synset in `data.noun`, and the definition without the usage examples
+that follow it there.  The draw is uniform and the lines lie in random order, so that the first n of them
+are a fair sample too.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ TABLE = Path(__file__).with_name("wordnet-nouns.tsv.gz")
 
 # The lexicographer files 03 to 28, in WordNet's numbering (lexnames(5WN)); "tops" is noun.Tops.
 CLASSES = (
-    "tops act animal artifact attribute body cognition communication event feeling food group location motive "
-    "object person phenomenon plant possession process quantity relation shape state substance time"
+    "tops act animal artifact attribute body cognition communication event feeling food group location "
+    "motive object person phenomenon plant possession process quantity relation shape state substance time"
 ).split()
 
 
