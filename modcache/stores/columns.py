@@ -1,0 +1,213 @@
+"""The memory of one leaf of many rows: in pages that appear when touched, or on a device."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from typing import Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from modcache.digest import memory_of
+
+__all__ = ["Column", "DeviceColumn", "HostColumn"]
+
+Places = npt.NDArray[np.int64]
+
+_MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python < 3.12 has no name for it
+_HUGE_FROM: Final = 64 << 20  # small slabs should not hold pages of 2 MiB that they hardly use
+_SLACK: Final = 1 << 20  # pages beyond the last row that are kept for the next rows
+
+_NUMPY_NAMES: Final = (
+    "bool uint8 int8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64 complex64 complex128"
+)
+_NUMPY: Final = {getattr(torch, name): np.dtype(name) for name in _NUMPY_NAMES.split() if hasattr(torch, name)}
+_STAND_IN: Final = {1: np.dtype(np.uint8), 2: np.dtype(np.int16), 4: np.dtype(np.int32)}
+
+
+class Column(Protocol):
+    """One leaf of the rows 0, 1, 2 … of a slab."""
+
+    def take(self, rows: Places) -> torch.Tensor:
+        """These rows, in fresh memory."""
+
+    def append(self, start: int, values: torch.Tensor, chosen: Places) -> None:
+        """Puts the chosen rows of a batch at the rows from ``start`` on; there is room for them."""
+
+    def overwrite(self, rows: Places, values: torch.Tensor, chosen: Places) -> None:
+        """Puts the chosen rows of a batch at these rows."""
+
+    def move(self, targets: Places, sources: Places) -> None:
+        """Copies rows over others."""
+
+    def fit(self, count: int) -> None:
+        """Makes room for so many rows."""
+
+    def trim(self, count: int) -> None:
+        """Gives back memory that so many rows do not need."""
+
+
+class HostColumn:
+    """A leaf in the memory of the host, reserved for ``most`` rows at once where the system allows it.
+
+    Args:
+        dtype: of the leaf.
+        shape: of the leaf, without the row dimension.
+        most: rows that will ever be written.
+    """
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], most: int) -> None:
+        self._dtype = dtype
+        self._shape = shape
+        self._exact = dtype in _NUMPY
+        self._numpy = _NUMPY.get(dtype) or _STAND_IN[dtype.itemsize]
+        self._row_bytes = dtype.itemsize * torch.Size(shape).numel()
+        self._pages = _reserve(most * self._row_bytes)
+        self._touched = 0
+        if self._pages is None:
+            self._use(np.empty(0, np.uint8), 0)
+        else:
+            self._use(np.frombuffer(self._pages, np.uint8, most * self._row_bytes), most)
+
+    def take(self, rows: Places) -> torch.Tensor:
+        taken = self._rows.take(rows, axis=0)
+        return torch.from_numpy(taken) if self._exact else self._as_dtype(taken)
+
+    def append(self, start: int, values: torch.Tensor, chosen: Places) -> None:
+        stop = start + len(chosen)
+        values = _settled(values).cpu()
+        source = _bytes_of(values, self._row_bytes)
+        if len(chosen) == len(source):  # all of them: one copy, without a look at the places
+            self._bytes[start:stop] = source
+        else:
+            self._bytes[start:stop] = source[chosen]
+        self._touched = max(self._touched, stop)
+
+    def overwrite(self, rows: Places, values: torch.Tensor, chosen: Places) -> None:
+        values = _settled(values).cpu()
+        self._bytes[rows] = _bytes_of(values, self._row_bytes)[chosen]
+
+    def move(self, targets: Places, sources: Places) -> None:
+        self._bytes[targets] = self._bytes[sources]
+
+    def fit(self, count: int) -> None:
+        if count > len(self._bytes):
+            capacity = max(count, 2 * len(self._bytes))
+            grown = np.empty(capacity * self._row_bytes, np.uint8)
+            grown[: self._bytes.size] = self._bytes.reshape(-1)
+            self._use(grown, capacity)
+
+    def trim(self, count: int) -> None:
+        used, touched = count * self._row_bytes, self._touched * self._row_bytes
+        if touched - used <= _SLACK + used // 32:
+            return
+        self._touched = count
+        if self._pages is not None:
+            start = -(-used // mmap.PAGESIZE) * mmap.PAGESIZE
+            self._pages.madvise(mmap.MADV_DONTNEED, start, touched - start)
+        else:
+            self._use(self._bytes[:count].reshape(-1).copy(), count)
+
+    def _use(self, memory: npt.NDArray[np.uint8], capacity: int) -> None:
+        self._bytes = memory.reshape(capacity, self._row_bytes)
+        self._rows = memory.view(self._numpy).reshape(capacity, *self._shape)
+
+    def _as_dtype(self, taken: npt.NDArray[np.generic]) -> torch.Tensor:
+        # Not `.view(dtype)`: such a view cannot be changed in place by something that requires grad.
+        storage = torch.from_numpy(taken).untyped_storage()
+        return torch.empty(0, dtype=self._dtype, device="cpu").set_(storage, 0, taken.shape)  # type: ignore[call-overload, no-any-return]
+
+
+class DeviceColumn:
+    """A leaf on an accelerator, or in pinned memory of the host; it grows by half.
+
+    Args:
+        dtype: of the leaf.
+        shape: of the leaf, without the row dimension.
+        most: rows that will ever be written.
+        device: where the rows are.
+        pinned: whether they are in pinned memory of the host; what is taken is pinned, too.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, shape: tuple[int, ...], most: int, *, device: torch.device, pinned: bool = False
+    ) -> None:
+        self._dtype = dtype
+        self._shape = shape
+        self._most = most
+        self._device = device
+        self._pinned = pinned
+        self._row_bytes = dtype.itemsize * torch.Size(shape).numel()
+        self._bytes = self._empty(0)
+
+    def take(self, rows: Places) -> torch.Tensor:
+        taken = self._empty(len(rows))
+        with torch.no_grad():
+            torch.index_select(self._bytes, 0, self._on_device(rows), out=taken)
+            typed = torch.empty(0, dtype=self._dtype, device=self._device)
+            return typed.set_(taken.untyped_storage(), 0, (len(rows), *self._shape))  # type: ignore[call-overload, no-any-return]
+
+    def append(self, start: int, values: torch.Tensor, chosen: Places) -> None:
+        with torch.no_grad():
+            self._bytes[start : start + len(chosen)].copy_(self._bytes_of(values, chosen))
+
+    def overwrite(self, rows: Places, values: torch.Tensor, chosen: Places) -> None:
+        with torch.no_grad():
+            self._bytes.index_copy_(0, self._on_device(rows), self._bytes_of(values, chosen).to(self._device))
+
+    def move(self, targets: Places, sources: Places) -> None:
+        with torch.no_grad():
+            moved = self._bytes.index_select(0, self._on_device(sources))
+            self._bytes.index_copy_(0, self._on_device(targets), moved)
+
+    def fit(self, count: int) -> None:
+        if count > len(self._bytes):
+            self._resize(count, max(count, min(self._most, len(self._bytes) * 3 // 2)))
+
+    def trim(self, count: int) -> None:
+        if count * 2 < len(self._bytes):
+            self._resize(count, count)
+
+    def _resize(self, kept: int, capacity: int) -> None:
+        with torch.no_grad():
+            kept = min(kept, len(self._bytes))
+            resized = self._empty(capacity)
+            resized[:kept].copy_(self._bytes[:kept])
+            self._bytes = resized
+
+    def _empty(self, count: int) -> torch.Tensor:
+        shape = (count, self._row_bytes)
+        return torch.empty(shape, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
+
+    def _on_device(self, rows: Places) -> torch.Tensor:
+        return torch.from_numpy(rows).to(self._device)
+
+    def _bytes_of(self, values: torch.Tensor, chosen: Places) -> torch.Tensor:
+        if not self._row_bytes:
+            return self._empty(len(chosen))
+        rows = _settled(values).reshape(len(values), -1).view(torch.uint8)
+        return rows if len(chosen) == len(rows) else rows[torch.from_numpy(chosen).to(rows.device)]
+
+
+def _reserve(size: int) -> mmap.mmap | None:
+    if size == 0 or not hasattr(mmap, "MADV_DONTNEED"):
+        return None
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_NORESERVE if sys.platform == "linux" else 0)
+    try:
+        pages = mmap.mmap(-1, size, flags=flags)
+    except (OSError, OverflowError, ValueError):  # an address-space limit, or strict overcommit
+        return None
+    if size > _HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE, _HUGE_FROM)
+    return pages
+
+
+def _settled(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().resolve_conj().resolve_neg().contiguous()
+
+
+def _bytes_of(values: torch.Tensor, row_bytes: int) -> npt.NDArray[np.uint8]:
+    """The memory of a settled tensor on the host; the caller keeps the tensor while it looks."""
+    return np.frombuffer(memory_of(values), np.uint8).reshape(len(values), row_bytes)

@@ -1,0 +1,154 @@
+"""The rows of one namespace: an index over slabs, one slab for each layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from modcache.rows import Layout, Rows
+from modcache.stores.account import Account
+from modcache.stores.index import KeyIndex
+from modcache.stores.protocol import Found
+from modcache.stores.slab import Slab
+
+__all__ = ["Shelf"]
+
+Places = npt.NDArray[np.int64]
+
+_ROW_BITS = 32  # a place is the number of a slab, then the number of a row in it
+_ROW_MASK = (1 << _ROW_BITS) - 1
+
+
+class Shelf:
+    """Rows of one namespace.
+
+    Args:
+        account: of the store; the rows here are counted there.
+        make_slab: gives an empty slab for a layout.
+    """
+
+    def __init__(self, account: Account, make_slab: Callable[[Layout], Slab]) -> None:
+        self.retired: int | None = None
+        self.shrunk = False
+        self._account = account
+        self._make_slab = make_slab
+        self._index = KeyIndex()
+        self._slabs: dict[int, Slab] = {}
+        self._numbers: dict[Layout, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def find(self, keys: Sequence[bytes]) -> Places:
+        """The place of each row, -1 where it is absent."""
+        return self._index.find(keys)
+
+    def take(self, places: Places, stamp: int | None) -> tuple[Found, ...]:
+        """The rows at these places in fresh memory, by layout; their last use is noted unless stamp is None."""
+        return tuple([self._found(slab, at, rows, stamp) for slab, at, rows in self._by_slab(places)])
+
+    def put(self, keys: Sequence[bytes], rows: Rows, chosen: Places, stamp: int) -> None:
+        """Adds those rows of a batch that are chosen; none of them is here."""
+        slab, number = self._slab_for(rows.layout)
+        added = slab.append([keys[i] for i in chosen.tolist()], rows.tensors, chosen, stamp)
+        self._index.set([keys[i] for i in chosen.tolist()], added | (number << _ROW_BITS))
+        self._count(len(chosen), slab)
+
+    def overwrite(self, places: Places, rows: Rows, chosen: Places, stamp: int) -> npt.NDArray[np.bool_]:
+        """Puts the chosen rows of a batch at their places, where these have its layout; which places have."""
+        number = self._numbers.get(rows.layout, -2)
+        same: npt.NDArray[np.bool_] = places >> _ROW_BITS == number
+        if same.any():
+            self._slabs[number].overwrite(places[same] & _ROW_MASK, rows.tensors, chosen[same], stamp)
+        return same
+
+    def delete(self, keys: Sequence[bytes]) -> int:
+        """Drops rows; how many there were."""
+        if not keys:
+            return 0
+        self.shrunk = True
+        places = self._index.delete(keys)
+        for slab, _, rows in self._by_slab(places):
+            number = self._numbers[slab.layout]
+            moved = slab.remove(rows)
+            self._index.set(slab.keys(moved), moved | (number << _ROW_BITS))
+            self._count(-len(rows), slab)
+        return int((places >= 0).sum())
+
+    def keys(self) -> list[bytes]:
+        """The keys of all rows, from the least to the most recently used."""
+        if not self._slabs:
+            return []
+        keys = [key for slab in self._slabs.values() for key in slab.keys()]
+        stamps = np.concatenate([slab.stamps[: slab.count] for slab in self._slabs.values()])
+        return [keys[i] for i in np.argsort(stamps, kind="stable").tolist()]
+
+    def keys_worth(self, wanted: int, entry_bytes: int) -> list[bytes]:
+        """Keys of rows that together take so many bytes, or of all rows of one slab."""
+        slab = next(reversed(self._slabs.values()))
+        each = slab.row_bytes + entry_bytes
+        count = min(slab.count, -(-wanted // each)) if each else slab.count
+        return slab.keys(np.arange(slab.count - count, slab.count))
+
+    def last_uses(self) -> list[Places]:
+        """When each row was used last, for each slab."""
+        return [slab.stamps[: slab.count] for slab in self._slabs.values()]
+
+    def used_until(self, stamp: int) -> tuple[list[bytes], Places]:
+        """The keys of rows that were not used later than that, and when they were."""
+        old = [(slab, np.flatnonzero(slab.stamps[: slab.count] <= stamp)) for slab in self._slabs.values()]
+        keys = [key for slab, rows in old for key in slab.keys(rows)]
+        return keys, np.concatenate([slab.stamps[rows] for slab, rows in old] or [np.empty(0, np.int64)])
+
+    def facts(self, keys: Sequence[bytes]) -> tuple[Places, Places]:
+        """When each row was used last, -1 where it is absent, and its bytes."""
+        stamps, sizes = np.full(len(keys), -1, np.int64), np.zeros(len(keys), np.int64)
+        for slab, positions, rows in self._by_slab(self._index.find(keys)):
+            stamps[positions], sizes[positions] = slab.stamps[rows], slab.row_bytes
+        return stamps, sizes
+
+    def clear(self) -> None:
+        """Drops all rows."""
+        for slab in self._slabs.values():
+            self._count(-slab.count, slab)
+        self._index, self._slabs, self._numbers = KeyIndex(), {}, {}
+        self.shrunk = True
+
+    def trim(self) -> None:
+        """Gives back memory that the rows do not need."""
+        for slab in list(self._slabs.values()):
+            slab.trim()
+            if not slab.count:
+                del self._slabs[self._numbers.pop(slab.layout)]
+        self.shrunk = False
+
+    def _found(self, slab: Slab, positions: Places, rows: Places, stamp: int | None) -> Found:
+        if stamp is not None:
+            slab.stamps[rows] = positions + stamp
+        return Found(positions, slab.take(rows))
+
+    def _by_slab(self, places: Places) -> Iterator[tuple[Slab, Places, Places]]:
+        """For each slab that is meant: which of the places mean it, ascending, and the rows in it."""
+        if len(self._slabs) == 1 and 0 in self._slabs:
+            if len(places) and places.min() >= 0:
+                yield self._slabs[0], np.arange(len(places)), places
+            elif len(positions := np.flatnonzero(places >= 0)):
+                yield self._slabs[0], positions, places[positions]
+            return
+        order = np.argsort(places >> _ROW_BITS, kind="stable")
+        numbers = (places >> _ROW_BITS)[order]
+        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+        for positions in np.split(order, starts)[1:]:
+            yield self._slabs[int(places[positions[0]] >> _ROW_BITS)], positions, places[positions] & _ROW_MASK
+
+    def _slab_for(self, layout: Layout) -> tuple[Slab, int]:
+        if layout not in self._numbers:
+            number = next(number for number in range(len(self._slabs) + 1) if number not in self._slabs)
+            self._numbers[layout], self._slabs[number] = number, self._make_slab(layout)
+        return self._slabs[self._numbers[layout]], self._numbers[layout]
+
+    def _count(self, rows: int, slab: Slab) -> None:
+        self._account.rows += rows
+        self._account.bytes += rows * slab.row_bytes
