@@ -1,0 +1,17 @@
+"""What a module is in content, and whether it is still what it was at the last look."""
+
+from .context import context, context_facts
+from .facts import UNDETERMINED, Fingerprint, Standing, Suspect
+from .identity import Identity
+from .values import callable_digest
+
+__all__ = [
+    "UNDETERMINED",
+    "Fingerprint",
+    "Identity",
+    "Standing",
+    "Suspect",
+    "callable_digest",
+    "context",
+    "context_facts",
+]

@@ -1,0 +1,106 @@
+"""Turn Python code objects into bytes: what they do, not where they stand."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+import types
+from collections.abc import Mapping
+
+from ..digest import encode, frame
+
+_LOADS_GLOBAL = frozenset(dis.opmap[name] for name in ("LOAD_GLOBAL", "LOAD_NAME") if name in dis.opmap)
+_LOAD_GLOBAL = dis.opmap["LOAD_GLOBAL"]
+# Since 3.11 the lowest bit of LOAD_GLOBAL's argument says whether a NULL is pushed before the value.
+_GLOBAL_SHIFT = 1 if sys.version_info >= (3, 11) else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _bytes_of(identity: _Exactly) -> bytes:
+    return _read(identity.code)
+
+
+class _Exactly:
+    """A code object compared by identity (code objects of equal bytecode on other lines are unequal, 1 == 1.0)."""
+
+    __slots__ = ("code",)
+
+    def __init__(self, code: types.CodeType) -> None:
+        self.code = code
+
+    def __hash__(self) -> int:
+        return id(self.code)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Exactly) and self.code is other.code
+
+
+def code_bytes(code: types.CodeType) -> bytes:
+    """The framed bytes of what a code object does: bytecode, constants, the names it uses, its calling form.
+
+    File names, line numbers and the names of local variables do not count; the names of arguments do, because
+    they are how it is called.
+    """
+    return _bytes_of(_Exactly(code))
+
+
+def _read(code: types.CodeType) -> bytes:
+    arguments = code.co_argcount + code.co_kwonlyargcount
+    arguments += bool(code.co_flags & 4) + bool(code.co_flags & 8)  # *args, **kwargs
+    form = (
+        code.co_argcount,
+        code.co_posonlyargcount,
+        code.co_kwonlyargcount,
+        code.co_flags,
+        code.co_varnames[:arguments],
+        len(code.co_freevars),
+        len(code.co_cellvars),
+        code.co_names,
+        getattr(code, "co_exceptiontable", b""),
+    )
+    return frame(b"code", frame(b"B", code.co_code) + encode(form) + encode(code.co_consts, _nested))
+
+
+def _nested(value: object) -> bytes | None:
+    return code_bytes(value) if isinstance(value, types.CodeType) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_of(identity: _Exactly) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    code = identity.code
+    read: dict[str, None] = {}
+    known: dict[str, None] = dict.fromkeys(code.co_names)
+    extended = 0
+    raw = code.co_code
+    for at in range(0, len(raw), 2):
+        op, argument = raw[at], raw[at + 1] | extended
+        extended = argument << 8 if op == dis.EXTENDED_ARG else 0
+        if op in _LOADS_GLOBAL:
+            read[code.co_names[argument >> (_GLOBAL_SHIFT if op == _LOAD_GLOBAL else 0)]] = None
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            inner_read, inner_known = _names_of(_Exactly(inner))
+            read.update(dict.fromkeys(inner_read))
+            known.update(dict.fromkeys(inner_known))
+    return tuple(read), tuple(known)
+
+
+def global_names(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The global names that a code object reads (nested ones too), and all names it uses (attributes too)."""
+    return _names_of(_Exactly(code))
+
+
+_LIBRARIES = frozenset({"torch", "torchgen", "functorch", "triton", "numpy", "modcache", *sys.stdlib_module_names})
+
+
+def of_library(module_name: object) -> bool:
+    """Whether a Python module is the standard library's, torch's or numpy's: known by name, not followed."""
+    top = module_name.partition(".")[0] if isinstance(module_name, str) else "builtins"
+    return top in _LIBRARIES and module_name != "__main__"
+
+
+def installed(namespace: Mapping[str, object]) -> bool:
+    """Whether the namespace of a Python module belongs to an installed package, not to the user's own code."""
+    path = namespace.get("__file__")
+    return isinstance(path, str) and ("site-packages" in path or "dist-packages" in path)

@@ -1,0 +1,57 @@
+"""What the fingerprint answers with: frozen values that carry no module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+UNDETERMINED = -1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Standing:
+    """What a module is now, as far as a cache cares.
+
+    Attributes:
+        state: the number of its content: the same content has the same number, also when it comes back. It is -1
+            while nobody can use it (something is trainable or in training), because looking would cost a digest per step.
+        trainable: the first parameter, buffer or attribute that requires grad, if grad mode is on.
+        training: the first submodule in training mode that may be random or depend on its batch.
+        unreadable: weights of which the values cannot be read.
+        lazy: uninitialised parameters are present.
+        restless: the weights keep being written with what they already are.
+    """
+
+    state: int
+    trainable: str | None
+    training: str | None
+    unreadable: tuple[str, ...]
+    lazy: bool
+    restless: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What a module is, in content: equal in every process and on every machine of one Python version.
+
+    Attributes:
+        digest: names all of it.
+        parts: readable names ("class of layer.3", "layer.3.weight", "attributes of layer.3") with a digest each.
+        weights: the digest over all tensors only.
+        opaque: what counted by its class name only.
+        bookkeeping: places that a forward was seen to change.
+    """
+
+    digest: bytes
+    parts: Mapping[str, bytes]
+    weights: bytes
+    opaque: tuple[str, ...]
+    bookkeeping: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Suspect:
+    """Rows that a write noticed late may have spoiled: those stored in ``state`` since the check numbered ``since``."""
+
+    state: int
+    since: int

@@ -1,0 +1,225 @@
+"""Walk a module tree once: the named facts that say what it is, and everything that a re-check looks at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.nn.parameter import UninitializedTensorMixin
+
+from ..digest import digest, encode, frame, is_readable
+from .code import of_library
+from .seen import Seen
+from .values import ORIGIN_NAMES, Reader, class_name
+
+ROOT = "the module"
+"""What the outermost module is called in names of parts."""
+
+# Attributes that torch or a library keeps for itself: they do not say what a forward computes.
+_KEPT_BY_TORCH = frozenset(vars(nn.Module())) | {
+    "_modcache",
+    "_compiled_call_impl",
+    "_is_hf_initialized",
+    "_is_replica",
+    "_former_parameters",
+    *ORIGIN_NAMES,
+}
+GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
+
+
+@dataclasses.dataclass(slots=True)
+class Walk:
+    """What one walk found. It holds the module: keep it no longer than needed."""
+
+    modules: dict[str, nn.Module]
+    parts: dict[str, bytes]
+    tensors: dict[str, torch.Tensor]
+    arrays: dict[str, np.ndarray[Any, Any]]
+    tied: list[tuple[str, str]]
+    buffers: frozenset[str]
+    attributes: dict[str, tuple[str, ...]]
+    raw: dict[str, object]
+    seen: Seen
+    unreadable: tuple[str, ...]
+    lazy: bool
+
+
+def original_class(module: nn.Module) -> type:
+    """The class that the user wrote, below the dynamic classes of modcache and of torch's parametrizations."""
+    cls = type(module)
+    while True:
+        if "_modcache_original" in vars(cls):
+            marked = vars(cls)["_modcache_original"]
+            cls = marked if isinstance(marked, type) else cls.__bases__[0]
+        elif len(cls.__bases__) == 1 and cls.__name__ == f"Parametrized{cls.__bases__[0].__name__}":
+            cls = cls.__bases__[0]
+        else:
+            return cls
+
+
+def plain_attributes(module: nn.Module) -> tuple[str, ...]:
+    """The names in a module's ``__dict__`` that belong to the user, not to torch."""
+    return tuple(name for name in vars(module) if name not in _KEPT_BY_TORCH)
+
+
+def walk(module: nn.Module, bookkeeping: Mapping[str, bytes | None]) -> Walk:
+    """Look at everything once."""
+    return _Walker(bookkeeping).walk(module)
+
+
+class _Walker:
+    def __init__(self, bookkeeping: Mapping[str, bytes | None]) -> None:
+        self._bookkeeping = bookkeeping
+        self._names: dict[int, str] = {}
+        self._modules: dict[str, nn.Module] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._tensor_names: dict[int, str] = {}
+        self._tied: list[tuple[str, str]] = []
+        self._buffers: set[str] = set()
+        self._parts: dict[str, bytes] = {}
+        self._attributes: dict[str, tuple[str, ...]] = {}
+        self._raw: dict[str, object] = {}
+        self._unreadable: dict[str, None] = {}
+
+    def walk(self, module: nn.Module) -> Walk:
+        self._register(module, "")
+        reader = Reader(self._names, self._tensor_names, self._bookkeeping)
+        self._hooks(reader, "globally", vars(torch_module), GLOBAL_HOOKS)
+        done = 0
+        while done < len(self._modules):  # a read may meet modules that are not registered
+            for name, found in list(self._modules.items())[done:]:
+                self._read(reader, name, found)
+                done += 1
+            seen = reader.finish()
+            for name, found in list(seen.modules.items()):
+                if name not in self._modules:
+                    self._register(found, name)
+        reader.seen.tensors = {k: v for k, v in seen.tensors.items()}
+        for name, tensor in seen.tensors.items():
+            self._tensor(tensor, name)
+        for name, contents in seen.reached.items():
+            self._parts[name] = digest(b"".join(sorted(contents)))
+        self._tie()
+        return Walk(
+            modules=self._modules,
+            parts=self._parts,
+            tensors=self._tensors,
+            arrays=dict(seen.arrays),
+            tied=self._tied,
+            buffers=frozenset(self._buffers),
+            attributes=self._attributes,
+            raw=self._raw,
+            seen=seen,
+            unreadable=tuple(self._unreadable),
+            lazy=any(isinstance(tensor, UninitializedTensorMixin) for tensor in self._tensors.values()),
+        )
+
+    # --- registered modules and tensors ---
+
+    def _register(self, module: nn.Module, name: str) -> None:
+        self._names[id(module)] = name
+        self._modules[name] = module
+        if isinstance(module, torch.jit.ScriptModule):
+            self._unreadable[f"{name or ROOT} ({class_name(type(module))})"] = None
+            return
+        for kind in ("_parameters", "_buffers"):
+            for key, tensor in vars(module)[kind].items():
+                if tensor is not None:
+                    self._register_tensor(tensor, f"{name}.{key}" if name else key, kind)
+        for key, child in vars(module)["_modules"].items():
+            if child is None:
+                continue
+            path = f"{name}.{key}" if name else key
+            if id(child) in self._names:
+                self._tied.append((path, self._names[id(child)]))
+            else:
+                self._register(child, path)
+
+    def _register_tensor(self, tensor: torch.Tensor, name: str, kind: str) -> None:
+        if name in self._bookkeeping:
+            return
+        if kind == "_buffers":
+            self._buffers.add(name)
+        first = self._tensor_names.setdefault(id(tensor), name)
+        if first != name:
+            self._tied.append((name, first))
+        else:
+            self._tensor(tensor, name)
+
+    def _tensor(self, tensor: torch.Tensor, name: str) -> None:
+        self._tensors[name] = tensor
+        if not is_readable(tensor):
+            self._unreadable[name] = None
+
+    def _tie(self) -> None:
+        """Different tensors over the same memory are tied, like one tensor of two names."""
+        places: dict[object, str] = {}
+        for name, tensor in self._tensors.items():
+            if name in self._unreadable or tensor.numel() == 0:
+                continue
+            first = places.setdefault((tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()), name)
+            if first != name:
+                self._tied.append((name, first))
+        self._parts["tied weights"] = digest(encode(sorted(self._tied)))
+
+    # --- facts ---
+
+    def _read(self, reader: Reader, name: str, module: nn.Module) -> None:
+        place = name or ROOT
+        cls = original_class(module)
+        self._parts[f"class of {place}"] = digest(reader.class_chain(cls))
+        if isinstance(module, torch.jit.ScriptModule):
+            return
+        self._hooks(reader, f"of {place}", vars(module), ("_forward_pre_hooks", "_forward_hooks"))
+        if class_name(type(module)).startswith("torch._dynamo."):  # torch.compile's wrapper: what counts is its child
+            return
+        derived = _derived(module)
+        names = [key for key in plain_attributes(module) if key not in derived]
+        watched = []
+        said = frame(b"repr", _extra_repr(module)) if of_library(cls.__module__) else b""
+        lost = [key[len(name) + 1 :] for key in self._bookkeeping if name and key.startswith(f"{name}.")]
+        lost += [key for key in self._bookkeeping if not name]
+        for key in sorted({*names, *(key for key in lost if "." not in key and " " not in key)}):
+            path = f"{name}.{key}" if name else key
+            value = vars(module).get(key)
+            said += reader.attribute(value, key, path)
+            if path not in self._bookkeeping:
+                watched.append(key)
+                self._raw[path] = value
+        self._attributes[name] = tuple(watched)
+        self._parts[f"attributes of {place}"] = digest(said)
+
+    def _hooks(self, reader: Reader, place: str, namespace: Mapping[str, Any], kinds: tuple[str, str]) -> None:
+        said = b""
+        for kind in kinds:
+            hooks = namespace[kind]
+            with_kwargs = namespace.get(f"{kind}_with_kwargs", {})
+            always = namespace.get(f"{kind}_always_called", {})
+            for at, (number, hook) in enumerate(hooks.items()):
+                flags = (kind, bool(with_kwargs.get(number)), bool(always.get(number)))
+                said += encode(flags) + reader.value(hook, f"{kind[1:]}[{at}] {place}")
+        if said:
+            self._parts[f"hooks {place}"] = digest(said)
+
+
+def _derived(module: nn.Module) -> set[str]:
+    """Attributes that torch's old weight_norm and spectral_norm compute anew before every forward."""
+    hooks = vars(module)["_forward_pre_hooks"].values()
+    return {hook.name for hook in hooks if type(hook).__module__.startswith("torch.nn.utils.") and hasattr(hook, "name")}
+
+
+def _extra_repr(module: nn.Module) -> bytes:
+    try:
+        return encode(module.extra_repr())
+    except Exception:  # a half-built module; its attributes are read anyway
+        return b""
+
+
+def submodules(found: Walk) -> Iterator[tuple[str, nn.Module]]:
+    """All modules but the outermost one."""
+    return ((name, module) for name, module in found.modules.items() if name)

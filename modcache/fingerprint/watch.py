@@ -1,0 +1,279 @@
+"""Look again, cheaply: is everything still what it was when it was last read?"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import itertools
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from ..digest import is_readable
+from .probe import DeviceProbe, HostProbe
+from .walk import GLOBAL_HOOKS, Walk, submodules
+
+_chain = itertools.chain.from_iterable
+_is = operator.is_
+_data_ptr = torch.Tensor.data_ptr
+_version = operator.attrgetter("_version")
+_training = operator.itemgetter("training")
+_requires_grad = operator.attrgetter("requires_grad")
+_forward = operator.attrgetter("forward")
+_contents = operator.attrgetter("cell_contents")
+_code = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_INSIDE = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
+_CODE_AT_ONCE = 16
+
+
+class Moved(enum.Enum):
+    """What a look found different, the dearest first."""
+
+    STRUCTURE = enum.auto()
+    FLAGS = enum.auto()
+    WEIGHTS = enum.auto()
+    LATE = enum.auto()
+
+
+class Watch:
+    """The places to look at, and what was there; nothing in it refers to the outermost module.
+
+    Everything is compared by lists in C: no object is made per tensor or module. Identity is strict for
+    attributes (``True`` in the place of ``1`` is a change); tensors compare by identity first and raise or
+    differ otherwise, except those of one element, which are therefore compared by ``is``.
+    """
+
+    def __init__(self, found: Walk, module: nn.Module) -> None:
+        others = dict(submodules(found))
+        self._root_type = type(module)
+        self._modules = list(others.values())
+        self._types = list(map(type, self._modules))
+        self._dicts = [vars(other) for other in self._modules]
+        self._lengths = [len(inner) for inner in (vars(module), *self._dicts)]
+        self._classes = list(dict.fromkeys([self._root_type, *self._types]))
+        self._forwards = list(map(_forward, self._classes))
+        self._inside(module)
+        self._outside(found)
+        self._attributes(found, module)
+        self._flags(module)
+        self._leaves(found)
+
+    # --- structure ---
+
+    def _inside(self, module: nn.Module) -> None:
+        """The dicts that torch keeps in every module: a full one is fetched anew and compared with a copy."""
+        self._full: list[tuple[str, Callable[[Any], Any], list[dict[str, Any]], list[dict[Any, Any]]]] = []
+        self._empty: list[dict[Any, Any]] = []
+        singles: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+        for name in _INSIDE:
+            full = [inner for inner in self._dicts if inner.get(name)]
+            self._empty += [inner[name] for inner in self._dicts if not inner.get(name, True)]
+            copies = [dict(vars(module)[name]), *(dict(inner[name]) for inner in full)]
+            self._full.append((name, operator.itemgetter(name), full, copies))
+            if name in ("_parameters", "_buffers"):
+                for live in (vars(module)[name], *(inner[name] for inner in full)):
+                    singles += [(live, key, t) for key, t in live.items() if t is not None and _single(t)]
+        self._single_dicts = [live for live, _, _ in singles]
+        self._single_names = [name for _, name, _ in singles]
+        self._singles = [tensor for _, _, tensor in singles]
+        self._global_hooks = [vars(torch_module)[name] for name in GLOBAL_HOOKS]
+        self._global_copies = [dict(hooks) for hooks in self._global_hooks]
+
+    def _outside(self, found: Walk) -> None:
+        """Containers, closures and classes that the walk came across."""
+        seen = found.seen
+        self._mappings = list(seen.mappings.values())
+        self._sequences = list(seen.sequences.values())
+        self._bodies = [vars(cls) for cls in seen.classes.values() if cls not in seen.busy]
+        self._sized = [*self._mappings, *self._sequences, *self._bodies]
+        self._sizes = list(map(len, self._sized))
+        self._cells = [cell for cell, _ in seen.cells.values()]
+        self._items = list(self._all_items())
+        self._functions = list(seen.functions.values())
+        self._codes = list(map(_code, self._functions))
+
+    def _all_items(self) -> Iterable[object]:
+        return itertools.chain(
+            _chain(self._mappings),
+            _chain(map(dict.values, self._mappings)),
+            _chain(self._sequences),
+            _chain([body.values() for body in self._bodies]),
+            map(_contents, self._cells),
+        )
+
+    def _attributes(self, found: Walk, module: nn.Module) -> None:
+        """Plain attributes and the globals that code reads, grouped by equal names: one getter for many dicts."""
+        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for name, names in found.attributes.items():
+            if name and names:
+                groups.setdefault(names, []).append(vars(found.modules[name]))
+        for namespace, bound in found.seen.globals.values():
+            groups.setdefault(tuple(bound), []).append(namespace)
+        for cls, kept in found.seen.busy.items():
+            groups.setdefault(kept, []).append(vars(cls))  # type: ignore[arg-type]
+        for fields, kept in found.seen.partial.values():
+            groups.setdefault(kept, []).append(fields)
+        self._groups = [(_getter(names), dicts) for names, dicts in groups.items()]
+        own = found.attributes.get("", ())
+        self._own = _getter(own) if own else _nothing
+        self._values = list(self._all_values(module))
+
+    def _all_values(self, module: nn.Module) -> Iterable[object]:
+        return _chain(_chain([[self._own(module.__dict__)], *[map(get, dicts) for get, dicts in self._groups]]))
+
+    def same_structure(self, module: nn.Module) -> bool:
+        """Whether modules, classes, hooks, attributes, containers and constants are the very same."""
+        own = module.__dict__
+        return (
+            type(module) is self._root_type
+            and list(map(type, self._modules)) == self._types
+            and list(map(len, [own, *self._dicts])) == self._lengths
+            and all([[own[name], *map(get, full)] == copies for name, get, full, copies in self._full])
+            and not any(self._empty)
+            and self._global_hooks == self._global_copies
+            and all(map(_is, map(dict.__getitem__, self._single_dicts, self._single_names), self._singles))
+            and list(map(_forward, self._classes)) == self._forwards
+            and all(map(_is, self._all_values(module), self._values))
+            and list(map(len, self._sized)) == self._sizes
+            and all(map(_is, self._all_items(), self._items))
+        )
+
+    def same_code(self, turn: int) -> bool:
+        """Whether some of the functions (others each turn) still have the code that was read."""
+        if not self._functions:
+            return True
+        start = turn * _CODE_AT_ONCE % len(self._functions)
+        part = slice(start, start + _CODE_AT_ONCE)
+        return all(map(_is, _chain(map(_code, self._functions[part])), _chain(self._codes[part])))
+
+    # --- flags ---
+
+    def _flags(self, module: nn.Module) -> None:
+        self._were_training = [bool(inner["training"]) for inner in (vars(module), *self._dicts)]
+        self._any_training = any(self._were_training)
+
+    def same_flags(self, module: nn.Module, grad: bool) -> bool:
+        """Whether training flags, and with grad mode ``requires_grad``, are what they were."""
+        flags = [module.__dict__["training"], *map(_training, self._dicts)]
+        if any(flags) if not self._any_training else list(map(bool, flags)) != self._were_training:
+            return False
+        if not grad:
+            return True
+        if not self._any_grad:
+            return not any(map(_requires_grad, self.tensors))
+        return list(map(_requires_grad, self.tensors)) == self._grads
+
+    # --- weights ---
+
+    def _leaves(self, found: Walk) -> None:
+        self.tensor_names = list(found.tensors)
+        self.tensors = list(found.tensors.values())
+        self._grads = list(map(_requires_grad, self.tensors))
+        self._any_grad = any(self._grads)
+        self.sealed = {name: tensor for name, tensor in found.tensors.items() if name in found.unreadable}
+        # Lists of one order: readable tensors first, then arrays.
+        readables = {name: tensor for name, tensor in found.tensors.items() if name not in found.unreadable}
+        self.names = [*readables, *found.arrays]
+        self.leaves: list[Any] = [*readables.values(), *found.arrays.values()]
+        self._pointed = list(readables.values())
+        self._counted = [tensor for tensor in self._pointed if not tensor.is_inference()]
+        self._arrays = list(found.arrays.values())
+        self._on_host = {at: place for place, at in enumerate(at for at, leaf in enumerate(self.leaves) if _on_host(leaf))}
+        self._take_counters()
+        self._look_closer()
+
+    def _look_closer(self) -> None:
+        """Place the windows anew, for the memory where the leaves lie now."""
+        self._probe = HostProbe([self.leaves[at] for at in self._on_host])
+        by_device: dict[torch.device, list[torch.Tensor]] = {}
+        for tensor in self._pointed:
+            if tensor.device.type != "cpu":
+                by_device.setdefault(tensor.device, []).append(tensor)
+        self._device_probes = [DeviceProbe(tensors) for tensors in by_device.values()]
+
+    def renewed(self) -> Watch:
+        """A watch over the same places that expects the weights as they are now."""
+        other = copy.copy(self)
+        other._take_counters()
+        if (other._pointers, other._array_pointers) == (self._pointers, self._array_pointers):
+            other._probe = self._probe.renewed()
+            other._device_probes = [probe.renewed() for probe in self._device_probes]
+        else:
+            other._look_closer()
+        return other
+
+    def trainable(self) -> str | None:
+        """The name of the first tensor that requires grad."""
+        return next((name for name, needs in zip(self.tensor_names, self._grads, strict=True) if needs), None)
+
+    def _take_counters(self) -> None:
+        self._versions = list(map(_version, self._counted))
+        self._pointers = list(map(_data_ptr, self._pointed))
+        self._array_pointers = list(map(_array_pointer, self._arrays))
+
+    def same_weights(self, turn: int) -> Moved | None:
+        """Whether the weights look untouched; pointers come first, the probe must not read freed memory."""
+        if (
+            list(map(_data_ptr, self._pointed)) != self._pointers
+            or list(map(_version, self._counted)) != self._versions
+            or (self._arrays and list(map(_array_pointer, self._arrays)) != self._array_pointers)
+            or (self.sealed and any(map(is_readable, self.sealed.values())))
+        ):
+            return Moved.WEIGHTS
+        if not self._probe.same(turn) or (self._device_probes and any([p.differs() for p in self._device_probes])):
+            return Moved.LATE
+        return None
+
+    def stamp(self, at: int) -> tuple[object, ...]:
+        """What would show that a leaf moved: its counter, its address and all that the probe sees of it."""
+        leaf = self.leaves[at]
+        if not isinstance(leaf, torch.Tensor):
+            return (_array_pointer(leaf), *self._seen(at))
+        version = None if leaf.is_inference() else leaf._version
+        return (version, leaf.data_ptr(), leaf.dtype, tuple(leaf.shape), leaf.stride(), *self._seen(at))
+
+    def _seen(self, at: int) -> tuple[bytes, ...]:
+        return self._probe.pieces(self._on_host[at]) if at in self._on_host else ()
+
+    # --- all ---
+
+    def moved(self, module: nn.Module, grad: bool, turn: int, weights: bool = True) -> Moved | None:
+        """The first thing found different, or None: everything is as it was."""
+        try:
+            if not self.same_structure(module):
+                return Moved.STRUCTURE
+            if not self.same_flags(module, grad):
+                return Moved.FLAGS
+            if not weights:
+                return None
+            return self.same_weights(turn) or (None if self.same_code(turn) else Moved.LATE)
+        except Exception:  # a name is gone, a tensor was compared with its replacement, a storage was freed
+            return Moved.STRUCTURE
+
+
+def _single(tensor: torch.Tensor) -> bool:
+    try:
+        return tensor.numel() == 1
+    except Exception:  # an uninitialised parameter has no size
+        return True
+
+
+def _on_host(leaf: object) -> bool:
+    return not isinstance(leaf, torch.Tensor) or leaf.device.type == "cpu"
+
+
+def _array_pointer(array: Any) -> tuple[object, ...]:
+    return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[object, ...]]:
+    # A getter of one name gives the bare value; asked for the name twice it gives a tuple, like the others.
+    return operator.itemgetter(*names) if len(names) > 1 else operator.itemgetter(names[0], names[0])
+
+
+def _nothing(_: object) -> tuple[object, ...]:
+    return ()
