@@ -10,9 +10,10 @@ _NAMES = (
     "autocast (cuda)",
     "autocast dtype (cuda)",
     "default dtype",
-    "float32 matmul precision",
-    "TF32 in cuBLAS",
-    "TF32 in cuDNN",
+    "float32 products (cuda)",
+    "float32 convolutions (cuda)",
+    "float32 products (cpu)",
+    "float32 convolutions (cpu)",
     "deterministic algorithms",
 )
 
@@ -22,29 +23,17 @@ _default_dtype = torch.get_default_dtype
 _deterministic = torch.are_deterministic_algorithms_enabled
 
 
-def _setting(name: str) -> object:
-    getter = getattr(torch._C, name, None)
-    return getter() if getter is not None else None
+# How exact float32 products are. Read below the public getters: those warn, or raise once the settings of before and
+# after torch 2.9 are mixed.
+_fp32 = getattr(torch._C, "_get_fp32_precision_getter", None)
+_BEFORE_2_9 = ("_get_float32_matmul_precision", "_get_cudnn_allow_tf32")
 
 
-def _precision() -> tuple[object, object, object]:
-    """How exact float32 products are.
-
-    Read from torch's own getters below the public ones: those warn, or raise once old and new settings are mixed.
-    """
-    try:
-        return _fp32("generic", "all"), _fp32("cuda", "matmul"), _fp32("cudnn", "conv")
-    except RuntimeError:
-        return "unknown", None, None
-
-
-if hasattr(torch._C, "_get_fp32_precision_getter"):
-    _fp32 = torch._C._get_fp32_precision_getter
-else:  # torch < 2.9
-
-    def _fp32(backend: str, operation: str) -> object:
-        names = {"generic": "_get_float32_matmul_precision", "cuda": "_get_cublas_allow_tf32"}
-        return _setting(names.get(backend, "_get_cudnn_allow_tf32"))
+def _precision() -> tuple[object, ...]:
+    if _fp32 is not None:
+        return _fp32("cuda", "matmul"), _fp32("cuda", "conv"), _fp32("mkldnn", "matmul"), _fp32("mkldnn", "conv")
+    matmul, conv = (getattr(torch._C, name)() for name in _BEFORE_2_9)
+    return matmul, conv, None, None
 
 
 def context() -> tuple[object, ...]:

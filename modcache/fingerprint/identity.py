@@ -11,11 +11,10 @@ from torch import nn
 
 from ..digest import digest, encode
 from .facts import UNDETERMINED, Fingerprint, Standing, Suspect
-from .probe import SETS
 from .settle import Changes, changes
 from .training import first_in_training
 from .walk import Walk, walk
-from .watch import Moved, Watch
+from .watch import LATE_WITHIN, Moved, Watch
 from .weights import Weights
 
 _SMALL_BUFFER = 1 << 16  # DDP sends its buffers again at each step: these are compared by content, uncounted
@@ -55,13 +54,12 @@ class Identity:
     It holds no reference to the module itself, which holds it. ``check`` may run in several threads.
 
     Args:
-        module: the module to follow; it is looked at when first checked.
         version: stands for weights that cannot be read.
         eager_bytes: up to this size the weights are digested at the first look, so that a state that comes back is
             known again; larger ones are only counted, until someone asks for the fingerprint.
     """
 
-    def __init__(self, module: nn.Module, *, version: str | None = None, eager_bytes: int = 256 << 20) -> None:
+    def __init__(self, *, version: str | None = None, eager_bytes: int = 256 << 20) -> None:
         self._version = version
         self._eager_bytes = eager_bytes
         self._asked = False
@@ -114,7 +112,7 @@ class Identity:
             moved = seen
         if moved is Moved.LATE and look is not None:
             self.late_moves += 1
-            self.suspect = Suspect(self._number(), max(0, turn - SETS))
+            self.suspect = Suspect(self._number(), max(0, turn - LATE_WITHIN))
             self._weights.forget_devices(look.watch)
         if moved is Moved.WEIGHTS and look is not None:
             look = dataclasses.replace(look, watch=look.watch.renewed(), standings=(None, None))

@@ -43,6 +43,9 @@ class Walk:
     tied: list[tuple[str, str]]
     buffers: frozenset[str]
     attributes: dict[str, tuple[str, ...]]
+    """Names of the plain attributes of each module."""
+    idle: dict[str, tuple[str, ...]]
+    """Those that a torch layer has but does not read in its forward."""
     raw: dict[str, object]
     seen: Seen
     unreadable: tuple[str, ...]
@@ -83,6 +86,7 @@ class _Walker:
         self._buffers: set[str] = set()
         self._parts: dict[str, bytes] = {}
         self._attributes: dict[str, tuple[str, ...]] = {}
+        self._idle: dict[str, tuple[str, ...]] = {}
         self._raw: dict[str, object] = {}
         self._unreadable: dict[str, None] = {}
 
@@ -113,6 +117,7 @@ class _Walker:
             tied=self._tied,
             buffers=frozenset(self._buffers),
             attributes=self._attributes,
+            idle=self._idle,
             raw=self._raw,
             seen=seen,
             unreadable=tuple(self._unreadable),
@@ -191,7 +196,10 @@ class _Walker:
             if path not in self._bookkeeping:
                 watched.append(key)
                 self._raw[path] = value
-        self._attributes[name] = tuple(watched)
+        unread = _unread(module) if name else frozenset()
+        self._attributes[name] = tuple(key for key in watched if key not in unread)
+        if idle := tuple(key for key in watched if key in unread):
+            self._idle[name] = idle
         self._parts[f"attributes of {place}"] = digest(said)
 
     def _hooks(self, reader: Reader, place: str, namespace: Mapping[str, Any], kinds: tuple[str, str]) -> None:
@@ -205,6 +213,21 @@ class _Walker:
                 said += encode(flags) + reader.value(hook, f"{kind[1:]}[{at}] {place}")
         if said:
             self._parts[f"hooks {place}"] = digest(said)
+
+
+_UNREAD: dict[type, frozenset[str]] = {
+    nn.Linear: frozenset({"in_features", "out_features"}),
+    nn.LayerNorm: frozenset({"elementwise_affine"}),
+    nn.Embedding: frozenset({"num_embeddings", "embedding_dim"}),
+    nn.Dropout: frozenset({"p", "inplace"}),  # in eval mode
+}
+
+
+def _unread(module: nn.Module) -> frozenset[str]:
+    """Attributes that the forward of a layer of torch does not read: they say what its weights say already."""
+    if type(module) is nn.Dropout and module.training:
+        return frozenset()
+    return _UNREAD.get(type(module), frozenset())
 
 
 def _derived(module: nn.Module) -> set[str]:

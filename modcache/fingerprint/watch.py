@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
 import itertools
 import operator
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..digest import is_readable
-from .probe import DeviceProbe, HostProbe
+from .probe import SETS, DeviceProbe, HostProbe
 from .walk import GLOBAL_HOOKS, Walk, submodules
 
 _chain = itertools.chain.from_iterable
@@ -27,7 +29,11 @@ _forward = operator.attrgetter("forward")
 _contents = operator.attrgetter("cell_contents")
 _code = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _INSIDE = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
-_CODE_AT_ONCE = 16
+_PARTS = 16
+LATE_WITHIN = max(_PARTS, SETS)
+"""After how many checks a late move is noticed at the latest, if anything that is looked at shows it."""
+_FUNCTIONS_AT_ONCE = 8
+_MODULES_AT_ONCE = 8
 
 
 class Moved(enum.Enum):
@@ -59,6 +65,7 @@ class Watch:
         self._inside(module)
         self._outside(found)
         self._attributes(found, module)
+        self._in_turn(found)
         self._flags(module)
         self._leaves(found)
 
@@ -88,20 +95,16 @@ class Watch:
         seen = found.seen
         self._mappings = list(seen.mappings.values())
         self._sequences = list(seen.sequences.values())
-        self._bodies = [vars(cls) for cls in seen.classes.values() if cls not in seen.busy]
-        self._sized = [*self._mappings, *self._sequences, *self._bodies]
+        self._sized = [*self._mappings, *self._sequences]
         self._sizes = list(map(len, self._sized))
         self._cells = [cell for cell, _ in seen.cells.values()]
         self._items = list(self._all_items())
-        self._functions = list(seen.functions.values())
-        self._codes = list(map(_code, self._functions))
 
     def _all_items(self) -> Iterable[object]:
         return itertools.chain(
             _chain(self._mappings),
             _chain(map(dict.values, self._mappings)),
             _chain(self._sequences),
-            _chain([body.values() for body in self._bodies]),
             map(_contents, self._cells),
         )
 
@@ -142,13 +145,34 @@ class Watch:
             and all(map(_is, self._all_items(), self._items))
         )
 
-    def same_code(self, turn: int) -> bool:
-        """Whether some of the functions (others each turn) still have the code that was read."""
-        if not self._functions:
+    def _in_turn(self, found: Walk) -> None:
+        """What hardly ever changes is looked at a part at a time, so a change may be noticed late.
+
+        The code and defaults of functions (a reloader puts new code into old functions), the bodies of classes
+        besides ``forward``, and attributes that a torch layer's own ``forward`` does not read (``in_features``).
+        """
+        looks: list[Callable[[], tuple[object, ...]]] = []
+        functions = list(found.seen.functions.values())
+        for at in range(0, len(functions), _FUNCTIONS_AT_ONCE):
+            looks.append(functools.partial(_codes, functions[at : at + _FUNCTIONS_AT_ONCE]))
+        looks += [functools.partial(_body, cls) for cls in found.seen.classes.values() if cls not in found.seen.busy]
+        idle = [(_getter(names), vars(found.modules[name])) for name, names in found.idle.items() if name]
+        for at in range(0, len(idle), _MODULES_AT_ONCE):
+            looks.append(functools.partial(_fetched, idle[at : at + _MODULES_AT_ONCE]))
+        size = -(-len(looks) // _PARTS) if looks else 1
+        self._parts = [looks[at : at + size] for at in range(0, len(looks), size)]
+        self._part_values = [[look() for look in part] for part in self._parts]
+
+    def same_in_turn(self, turn: int) -> bool:
+        """Whether this turn's part of what hardly ever changes is the same."""
+        if not self._parts:
             return True
-        start = turn * _CODE_AT_ONCE % len(self._functions)
-        part = slice(start, start + _CODE_AT_ONCE)
-        return all(map(_is, _chain(map(_code, self._functions[part])), _chain(self._codes[part])))
+        number = turn % len(self._parts)
+        for look, values in zip(self._parts[number], self._part_values[number], strict=True):
+            now = look()
+            if len(now) != len(values) or not all(map(_is, now, values)):
+                return False
+        return True
 
     # --- flags ---
 
@@ -158,8 +182,10 @@ class Watch:
 
     def same_flags(self, module: nn.Module, grad: bool) -> bool:
         """Whether training flags, and with grad mode ``requires_grad``, are what they were."""
-        flags = [module.__dict__["training"], *map(_training, self._dicts)]
-        if any(flags) if not self._any_training else list(map(bool, flags)) != self._were_training:
+        if self._any_training:
+            if [bool(module.__dict__["training"]), *map(bool, map(_training, self._dicts))] != self._were_training:
+                return False
+        elif module.__dict__["training"] or any(map(_training, self._dicts)):
             return False
         if not grad:
             return True
@@ -250,7 +276,7 @@ class Watch:
                 return Moved.FLAGS
             if not weights:
                 return None
-            return self.same_weights(turn) or (None if self.same_code(turn) else Moved.LATE)
+            return self.same_weights(turn) or (None if self.same_in_turn(turn) else Moved.LATE)
         except Exception:  # a name is gone, a tensor was compared with its replacement, a storage was freed
             return Moved.STRUCTURE
 
@@ -273,6 +299,18 @@ def _array_pointer(array: Any) -> tuple[object, ...]:
 def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[object, ...]]:
     # A getter of one name gives the bare value; asked for the name twice it gives a tuple, like the others.
     return operator.itemgetter(*names) if len(names) > 1 else operator.itemgetter(names[0], names[0])
+
+
+def _codes(functions: list[types.FunctionType]) -> tuple[object, ...]:
+    return tuple(_chain(map(_code, functions)))
+
+
+def _body(cls: type) -> tuple[object, ...]:
+    return tuple(vars(cls).values())
+
+
+def _fetched(idle: list[tuple[Callable[[Any], tuple[object, ...]], dict[str, Any]]]) -> tuple[object, ...]:
+    return tuple(_chain([get(inner) for get, inner in idle]))
 
 
 def _nothing(_: object) -> tuple[object, ...]:
