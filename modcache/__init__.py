@@ -1,0 +1,58 @@
+"""modcache: run a frozen ``torch.nn.Module`` once per distinct row."""
+
+from __future__ import annotations
+
+from . import keys
+from .errors import (
+    CacheMissError,
+    CacheWarning,
+    KeyExtractionError,
+    LayeredError,
+    ModcacheError,
+    NotCachedError,
+    StaleRecordError,
+    UsageError,
+    UsageTypeError,
+)
+from .explain import Explanation
+from .handle import Cache
+from .keys import register_key_extractor
+from .modes import keys_for, mode
+from .stats import CallReport, Stats
+from .stores import MemoryStore, Store, TieredStore
+from .wrap import cache_of, cached_module, is_cached, uncached
+
+__all__ = [
+    "Cache",
+    "CacheMissError",
+    "CacheWarning",
+    "CallReport",
+    "Explanation",
+    "KeyExtractionError",
+    "LayeredError",
+    "MemoryStore",
+    "ModcacheError",
+    "NotCachedError",
+    "StaleRecordError",
+    "Stats",
+    "Store",
+    "TieredStore",
+    "UsageError",
+    "UsageTypeError",
+    "cache_of",
+    "cached_module",
+    "is_cached",
+    "keys",
+    "keys_for",
+    "mode",
+    "register_key_extractor",
+    "uncached",
+]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("modcache")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

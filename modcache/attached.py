@@ -1,0 +1,339 @@
+"""What hangs on a cached module: from the module as it is now to the namespace of its rows, or to a bypass."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from .arguments import Arguments, Binder
+from .call import Given, bypass, call
+from .compute import Site
+from .digest import KEY_SCHEME, digest, encode, frame
+from .fingerprint import Fingerprint, Identity, Standing, callable_digest, context, context_facts
+from .keys import extractor_of
+from .memo import Bypass, Memo, Options
+from .modes import current_mode, given_keys
+from .selfcheck import tolerance_of
+from .stores import MemoryStore, Store
+
+__all__ = ["Attached", "Before", "Requested"]
+
+Context = tuple[object, ...]
+
+_LARGE = 256 << 20
+"""Bytes of weights up to which they are digested at once (some 20 ms), so that a state that comes back is known."""
+_NEVER = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """The options of `cached_module` as they were asked for; requests for the same are equal."""
+
+    key: Any = None
+    store: Any = None
+    prepare: Callable[..., Any] | None = None
+    broadcast: frozenset[str] = frozenset()
+    per_row: bool = True
+    version: str | None = None
+    freeze: bool = False
+    verify: float = 0.0
+
+    @property
+    def options(self) -> Options:
+        """What a call needs of them."""
+        return Options(extractor_of(self.key), self.prepare, self.broadcast, self.per_row, self.verify)
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What freezing changed, by name, so that it can be undone, also in a copy of the module."""
+
+    training: tuple[tuple[str, bool], ...]
+    requires_grad: tuple[tuple[str, bool], ...]
+
+
+class Attached:
+    """What hangs on a cached module. It does not hold the module, so a module still dies with its last user.
+
+    Args:
+        name: the class name of the module.
+        requested: the options.
+        function: the forward whose signature names the arguments.
+        inside: a forward that had been patched on the instance; it is called in place of the class's.
+        store: shared with the module that this one is a copy of.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        requested: Requested,
+        function: Callable[..., Any],
+        inside: Callable[..., Any] | None = None,
+        store: Store | None = None,
+    ) -> None:
+        self.name = name
+        self.requested = requested
+        self.function = function
+        self.inside = inside
+        self.before: Before | None = None
+        self.closed = False
+        if store is None:
+            store = MemoryStore() if requested.store is None else requested.store
+        self.memo = Memo(name, requested.options, store)
+        # Rows in memory are seen by this process alone, so large weights need no digest there.
+        self._undigested_from = _LARGE if isinstance(store, MemoryStore) else _NEVER
+        self.identity = Identity(version=requested.version, eager_bytes=self._undigested_from)
+        self._bind = Binder(requested.prepare or inside or partial(function, None))  # None stands for self
+        self._lock = threading.Lock()
+        self._token = uuid.uuid4().hex
+        self._namespaces: dict[tuple[int, Context], str] = {}
+        self._sites: dict[tuple[int, Context], tuple[torch.device, float]] = {}
+        self._fingerprints: dict[int, Fingerprint] = {}
+        self._latest: int | None = None
+        self._late_moves = 0
+
+    # --- copies
+
+    def __deepcopy__(self, copies: dict[int, Any]) -> Attached:
+        """A copy has an identity and counts of its own, and shares the store."""
+        other = Attached(
+            self.name, self.requested, self.function, copy.deepcopy(self.inside, copies), self.memo.store
+        )
+        other.before, other.closed = self.before, self.closed
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds the options, not the rows."""
+        return _restored, (self.name, self.requested, self.function, self.inside, self.before, self.closed)
+
+    # --- a call
+
+    def forward(self, module: nn.Module, original: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the module's forward gives, from the store where it can."""
+        keys = kwargs.pop("cache_keys", None)
+        run = partial(original.forward, module) if self.inside is None else self.inside
+        grad = torch.is_grad_enabled()
+        try:
+            self._refuse_situation(module)
+            standing = self.identity.check(module, grad)
+            self._refuse_standing(standing, grad)
+        except Bypass as reason:
+            return bypass(self.memo, run, args, kwargs, reason)
+        try:
+            arguments = self._bind(args, kwargs)
+        except TypeError:
+            return run(*args, **kwargs)  # raises what the module raises of wrong arguments
+        site = self._site(module, run, standing, grad)
+        return call(self.memo, site, arguments, self._given(keys))
+
+    def _given(self, keys: object) -> Given | None:
+        if keys is not None:
+            return Given(keys)
+        around = given_keys()
+        return None if around is None else Given(around.keys, around.number(self._token), "keys_for(...)")
+
+    def _refuse_situation(self, module: nn.Module) -> None:
+        if self.closed:
+            raise Bypass("closed")
+        if current_mode() == "off":
+            raise Bypass("mode off")
+        if torch._C._get_tracing_state() is not None:
+            raise Bypass("torch.jit.trace")
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise Bypass("a torch.func transform")
+        if torch._C._len_torch_dispatch_stack():
+            raise Bypass("a dispatch mode")
+        if "_is_replica" in module.__dict__:
+            raise Bypass("a DataParallel replica")
+
+    def _refuse_standing(self, standing: Standing, grad: bool) -> None:
+        """Bypass a module whose rows would not be what it gives, or would be missed by autograd."""
+        if standing.lazy:
+            raise Bypass("not materialised")
+        if standing.trainable is not None and grad:
+            raise Bypass(
+                "trainable parameters",
+                f"{standing.trainable} is trainable and grad mode is on, so it runs uncached. Wrap it with freeze=True "
+                "if it is not trained, or call it under torch.no_grad().",
+            )
+        if standing.training is not None:
+            raise Bypass(
+                "training mode",
+                f"{standing.training} is in training mode, where its rows may be random or depend on each other, so it "
+                "runs uncached. Call eval() on it, or wrap it with freeze=True.",
+            )
+        if standing.unreadable and self.requested.version is None:
+            raise Bypass(
+                "weights cannot be read",
+                f"the values of {', '.join(standing.unreadable[:3])} cannot be read (meta, sharded, offloaded or freed), "
+                "so it runs uncached. Give version= to name these weights yourself.",
+            )
+        if standing.restless:
+            raise Bypass(
+                "weights keep moving",
+                "its weights were written three times in a row without a change, and each time they had to be digested "
+                "again, so it runs uncached until they lie still. Find what writes them, or give the module a copy.",
+            )
+
+    def _site(self, module: nn.Module, run: Callable[..., object], standing: Standing, grad: bool) -> Site:
+        now = standing.state, context()
+        device, floor = self._sites.get(now) or self._look(module, now)
+        return Site(run, self._namespace(module, now), device, floor, partial(self.identity.settle, module), grad)
+
+    def _look(self, module: nn.Module, now: tuple[int, Context]) -> tuple[torch.device, float]:
+        """The module's device, and how precise its least precise arithmetic is."""
+        tensors = [*module.parameters(), *module.buffers()]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        floors = [tolerance_of(tensor.dtype) for tensor in tensors]
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                floors.append(tolerance_of(torch.get_autocast_dtype(kind)))
+        floors.append({"highest": 0.0, "high": 1e-2}.get(torch.get_float32_matmul_precision(), 5e-2))
+        self._sites[now] = device, max(floors)
+        return self._sites[now]
+
+    # --- namespaces
+
+    def _namespace(self, module: nn.Module, now: tuple[int, Context]) -> str:
+        if now[0] != self._latest:
+            self._superseded(now[0])
+        found = self._namespaces.get(now)
+        if found is None:
+            with self._lock:
+                found = self._namespaces[now] = self._name(module, now)
+        return found
+
+    def _name(self, module: nn.Module, now: tuple[int, Context]) -> str:
+        state, around = now
+        if sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) <= self._undigested_from:
+            self._fingerprints[state] = self.identity.fingerprint(module)
+        known = self._fingerprints.get(state)
+        return self._digest(encode((self._token, state)) if known is None else known.digest, around)
+
+    def _digest(self, content: bytes, around: Context) -> str:
+        options = self.memo.options
+        functions = [
+            b"" if function is None else callable_digest(function)[0]
+            for function in (options.extractor.function, options.prepare)
+        ]
+        parts = (
+            KEY_SCHEME,
+            content,
+            around,
+            options.extractor.name,
+            *functions,
+            self.requested.version,
+            options.per_row,
+        )
+        return digest(frame(b"namespace", encode(parts))).hex()
+
+    def _superseded(self, state: int) -> None:
+        """The rows of the state before are the first to go when room is needed."""
+        retire = getattr(self.memo.store, "retire", None)
+        before, self._latest = self._latest, state
+        if retire is not None and before is not None:
+            for (known, _), namespace in tuple(self._namespaces.items()):
+                if known == before:
+                    retire(namespace)
+
+    def namespace(self, module: nn.Module) -> str:
+        """The namespace of the module as it is now; weights that were not digested yet are digested for it."""
+        now = self.identity.check(module, False).state, context()
+        self._fingerprints[now[0]] = known = self.identity.fingerprint(module)
+        name = self._digest(known.digest, now[1])
+        with self._lock:
+            before, self._namespaces[now] = self._namespaces.get(now, name), name
+        if before != name:
+            self.memo.store.rename(before, name)  # type: ignore[attr-defined]  # only memory stores hold undigested
+        return name
+
+    def namespaces(self) -> list[str]:
+        """All namespaces that this module had so far."""
+        return list(dict.fromkeys(self._namespaces.values()))
+
+    # --- what the handle asks
+
+    def asked(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, Arguments, Given | None]:
+        """Namespace, arguments and given keys of a call that is asked about, not made."""
+        keys = kwargs.pop("cache_keys", None)
+        around = given_keys()
+        given = Given(keys) if keys is not None else None
+        if given is None and around is not None:
+            given = Given(around.keys, 0, "keys_for(...)")
+        return self.namespace(module), self._bind(args, kwargs), given
+
+    def parts(self, module: nn.Module) -> Mapping[str, Mapping[str, bytes]]:
+        """For each namespace so far, its named parts: those of the module's state, and the context's."""
+        self.namespace(module)
+        found = {}
+        for (state, around), namespace in tuple(self._namespaces.items()):
+            known = self._fingerprints.get(state)
+            own = {} if known is None else dict(known.parts)
+            own.update({name: encode(value) for name, value in context_facts(around).items()})
+            found[namespace] = own
+        return found
+
+    def manifest(self, module: nn.Module) -> dict[str, Any]:
+        """The readable description of the namespace."""
+        name = self.namespace(module)
+        known = self.identity.fingerprint(module)
+        return {
+            "namespace": name,
+            "key_scheme": KEY_SCHEME,
+            "class": f"{self.function.__module__}.{self.name}",
+            "fingerprint": known.digest.hex(),
+            "weights": known.weights.hex(),
+            "context": {key: str(value) for key, value in context_facts(context()).items()},
+            "key": self.memo.options.extractor.name,
+            "prepare": getattr(self.requested.prepare, "__qualname__", None),
+            "version": self.requested.version,
+            "not_fingerprinted": sorted(known.opaque),
+            "bookkeeping": sorted(known.bookkeeping),
+            "made_with": {"modcache": version("modcache"), "torch": torch.__version__},
+            "rows": len(self.memo.store.row_keys(name)),
+        }
+
+    def recheck(self, module: nn.Module) -> bool:
+        """Digest all weights; whether something had changed unnoticed, in which case the rows of the state go."""
+        names = self.namespaces()
+        changed = self.identity.recheck(module)
+        if changed:
+            for name in names:
+                self.memo.delete(name)
+        return changed
+
+    def clear(self) -> int:
+        """Drop the rows of all namespaces that the module had."""
+        return sum(self.memo.store.delete(name) for name in self.namespaces())
+
+    def close(self) -> None:
+        """Run uncached from now on."""
+        self.closed = True
+        if self.requested.store is None:
+            self.memo.store.close()
+        else:
+            self.memo.store.flush()
+
+
+def _restored(
+    name: str,
+    requested: Requested,
+    function: Callable[..., Any],
+    inside: Callable[..., Any] | None,
+    before: Before | None,
+    closed: bool,
+) -> Attached:
+    attached = Attached(name, requested, function, inside)
+    attached.before, attached.closed = before, closed
+    return attached

@@ -1,0 +1,229 @@
+"""Split the arguments of a call into what is per row and what all rows share, and take some of the rows."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["Batch", "Bound", "Column", "NoRowsError", "row", "split", "take"]
+
+Bound = Sequence[tuple[str, object]]
+"""The arguments of a call by name, in the order of the signature."""
+
+
+class NoRowsError(Exception):
+    """No argument of the call has rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A part of an argument that has one item per row.
+
+    Args:
+        path: where it lies, e.g. ``input_ids`` or ``batch['image']``.
+        argument: the name of the argument that it belongs to.
+        value: a tensor or an array (rows along dim 0), a list or a tuple of rows, or, for ``single``, the row itself.
+        single: the whole value is one row (a bare text, a path, an image).
+    """
+
+    path: str
+    argument: str
+    value: Any
+    single: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A call as rows.
+
+    Args:
+        size: the number of rows.
+        columns: what has one item per row.
+        shared: path and value of everything that is the same for all rows.
+        containers: path, class and length of the structures around both.
+    """
+
+    size: int
+    columns: tuple[Column, ...]
+    shared: tuple[tuple[str, object], ...]
+    containers: tuple[tuple[str, str, int], ...]
+
+
+IsRow = Callable[[object], bool]
+
+
+def split(bound: Bound, broadcast: frozenset[str], is_row: IsRow) -> Batch:
+    """Split bound arguments into rows.
+
+    The number of rows is the first size of the first argument that has one; whatever has another first size,
+    or none, or is named in ``broadcast``, is shared by all rows.
+
+    Args:
+        bound: names and values of the arguments.
+        broadcast: names of arguments (or paths in them) that all rows share although their size may be the batch's.
+        is_row: whether an object is a row by itself (a text, a path, an image, a registered type).
+
+    Raises:
+        NoRowsError: no argument has rows.
+    """
+    leaves: list[tuple[Column, int | None]] = []
+    containers: list[tuple[str, str, int]] = []
+    for name, value in bound:
+        for column in _leaves(value, name, name, containers, is_row):
+            shared = name in broadcast or column.path in broadcast
+            leaves.append((column, None if shared else _length(column.value)))
+    size = next((length for _, length in leaves if length is not None), None)
+    if size is None:
+        leaves, size = _single_row(leaves, broadcast, is_row), 1
+    columns = tuple(column for column, length in leaves if length == size)
+    shared = tuple((column.path, column.value) for column, length in leaves if length != size)
+    return Batch(size, columns, shared, tuple(containers))
+
+
+def _single_row(
+    leaves: list[tuple[Column, int | None]], broadcast: frozenset[str], is_row: IsRow
+) -> list[tuple[Column, int | None]]:
+    """Without a batched argument, the objects that are rows by themselves make one row."""
+    marked: list[tuple[Column, int | None]] = [
+        (dataclasses.replace(column, single=True), 1)
+        if is_row(column.value) and not {column.argument, column.path} & broadcast
+        else (column, None)
+        for column, _ in leaves
+    ]
+    if all(length is None for _, length in marked):
+        raise NoRowsError("no argument has rows: none is a list, an array or a tensor of at least one dimension")
+    return marked
+
+
+def _length(value: object) -> int | None:
+    """The number of rows of a leaf, or ``None`` if it has no rows."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return len(value) if value.ndim else None
+    return len(value) if isinstance(value, list | tuple) else None
+
+
+def _leaves(
+    value: object, path: str, argument: str, containers: list[tuple[str, str, int]], is_row: IsRow
+) -> Iterator[Column]:
+    """Walk into structures; a list is rows, and so is a tuple of texts, paths or images (what collating gives)."""
+    items = None if is_row(value) else _items(value, is_row)
+    if items is None:
+        yield Column(path, argument, value)
+        return
+    cls = type(value)
+    containers.append((path, f"{cls.__module__}.{cls.__qualname__}", len(items)))
+    for step, item in items:
+        yield from _leaves(item, path + step, argument, containers, is_row)
+
+
+def _items(value: object, is_row: IsRow) -> list[tuple[str, object]] | None:
+    """Steps and parts of a structure, or ``None`` for a leaf."""
+    if isinstance(value, torch.Tensor | np.ndarray | list | str | bytes | torch.Size):
+        return None
+    if isinstance(value, tuple):
+        if (fields := getattr(type(value), "_fields", None)) is not None:
+            return [(f".{name}", item) for name, item in zip(fields, value, strict=True)]
+        if value and all(map(is_row, value)):
+            return None
+        return [(f"[{place}]", item) for place, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str | int) for key in value):
+            return None
+        return [(f"[{key!r}]", item) for key, item in value.items()]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return None
+
+
+# --- taking rows ----------------------------------------------------------------------------------------
+
+
+def take(value: object, batch: Batch, places: Sequence[int], path: str) -> object:
+    """The argument at ``path`` with the rows at ``places`` only; what is shared stays the very same object."""
+    return _rebuilt(value, path, {column.path: column for column in batch.columns}, places)
+
+
+def _rebuilt(value: Any, path: str, columns: Mapping[str, Column], places: Sequence[int]) -> Any:
+    if (column := columns.get(path)) is not None:
+        return _taken(column, places)
+    if not any(other.startswith((f"{path}.", f"{path}[")) for other in columns):
+        return value
+    if isinstance(value, Mapping):
+        pairs = {key: _rebuilt(item, f"{path}[{key!r}]", columns, places) for key, item in value.items()}
+        return pairs if type(value) is dict else _like_mapping(value, pairs)
+    if isinstance(value, tuple):
+        if (fields := getattr(type(value), "_fields", None)) is not None:
+            parts = (_rebuilt(item, f"{path}.{name}", columns, places) for name, item in zip(fields, value, strict=True))
+            return tuple.__new__(type(value), parts)
+        return tuple(_rebuilt(item, f"{path}[{place}]", columns, places) for place, item in enumerate(value))
+    if dataclasses.is_dataclass(value):
+        return _like_dataclass(
+            value,
+            {
+                field.name: _rebuilt(getattr(value, field.name), f"{path}.{field.name}", columns, places)
+                for field in dataclasses.fields(value)
+            },
+        )
+    raise AssertionError(f"{path}: a {type(value)} was walked into but cannot be rebuilt")
+
+
+def _like_mapping(value: Any, pairs: dict[Any, Any]) -> Any:
+    """A copy of a mapping (``BatchEncoding``, ``OrderedDict``, ``ModelOutput``) with other items."""
+    other = copy.copy(value)
+    if hasattr(other, "data") and isinstance(other.data, dict):  # UserDict shares its data with a shallow copy
+        other.data = dict(pairs)
+        return other
+    for key, item in pairs.items():
+        other[key] = item
+    return other
+
+
+def _like_dataclass(value: Any, fields: dict[str, Any]) -> Any:
+    other = copy.copy(value)
+    for name, item in fields.items():
+        object.__setattr__(other, name, item)
+    return other
+
+
+def _taken(column: Column, places: Sequence[int]) -> Any:
+    value = column.value
+    if column.single:
+        return value
+    if isinstance(value, torch.Tensor):
+        return value[torch.tensor(places, dtype=torch.int64, device=value.device)]
+    if isinstance(value, np.ndarray):
+        return value[np.asarray(places, dtype=np.int64)]
+    items = (value[place] for place in places)
+    return list(items) if isinstance(value, list) else tuple(items)
+
+
+def row(bound: Bound, batch: Batch, place: int) -> object:
+    """One row as a key function sees it: the row of the only per-row argument, or a mapping of name to row."""
+    columns = {column.path: column for column in batch.columns}
+    names = {column.argument for column in batch.columns}
+    found = {name: _row_of(value, name, columns, place) for name, value in bound if name in names}
+    return next(iter(found.values())) if len(found) == 1 else found
+
+
+def _row_of(value: Any, path: str, columns: Mapping[str, Column], place: int) -> Any:
+    if (column := columns.get(path)) is not None:
+        return column.value if column.single else column.value[place]
+    items = _items(value, _never)
+    if items is None:
+        return value
+    parts = [_row_of(item, path + step, columns, place) for step, item in items]
+    if isinstance(value, Mapping):
+        return dict(zip(value, parts, strict=True))
+    if isinstance(value, tuple):
+        return tuple.__new__(type(value), parts)
+    return _like_dataclass(value, {field.name: part for field, part in zip(dataclasses.fields(value), parts, strict=True)})
+
+
+def _never(_: object) -> bool:
+    return False

@@ -1,0 +1,370 @@
+"""One call of a cached module: split → keys → get → plan → compute → put → assemble."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from .arguments import Arguments
+from .batch import Batch, NoRowsError, split
+from .compute import Computed, Job, Part, Site, compute, compute_again, run_uncached
+from .digest import NoContentError, digest, encode, frame
+from .errors import CacheMissError, StaleRecordError
+from .explain import Explanation
+from .keys import Keyed, given_keyed
+from .keys.parts import shared_digests
+from .keys.registry import encode_registered, is_row
+from .keys.tokens import pad_rows
+from .memo import Bypass, Memo, Options
+from .modes import current_mode
+from .plan import CallPlan, distinct, plan_call, rows_to_serve
+from .rows import Rows, UnknownClassError, join_rows, tree_of
+from .selfcheck import difference
+from .stats import CallReport, Seconds
+
+__all__ = ["Given", "bypass", "call", "contained", "explained", "keys_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Keys that the caller gave for the rows: ``cache_keys=``, or `keys_for` around the call.
+
+    Args:
+        keys: one per row.
+        number: the number of the call of this module within one `keys_for`.
+        source: what to call them in an error.
+    """
+
+    keys: object
+    number: int = 0
+    source: str = "cache_keys"
+
+
+def call(memo: Memo, site: Site, arguments: Arguments, given: Given | None) -> object:
+    """Serve what is stored, compute what is missing, and return what the module would have returned.
+
+    Raises:
+        CacheMissError: rows are missing in mode "require-hit".
+        StaleRecordError: a verified row was not what the module gives now.
+        KeyExtractionError, UsageError: a key function or given keys cannot be right.
+        Exception: whatever the module itself raises.
+    """
+    began = perf_counter()
+    batch = None
+    try:
+        batch = _batch_of(memo.options, arguments)
+        if site.grad:
+            _refuse_grad(batch)
+        keyed = _keyed(memo, batch, arguments, given)
+        form = memo.form(keyed, batch)
+        if (blocked := memo.blocked(form)) is not None:
+            raise Bypass(blocked)
+        job = Job(memo, site, arguments, batch, keyed, form, _home(site, batch))
+        return _cached(job, began)
+    except Bypass as reason:
+        return bypass(memo, site.run, arguments.args, arguments.kwargs, reason, batch.size if batch else None)
+
+
+def bypass(
+    memo: Memo,
+    run: Callable[..., object],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    reason: Bypass,
+    rows: int | None = None,
+) -> object:
+    """Run a call as if uncached, count it by its reason, and say once what to do about it."""
+    output = reason.output if reason.ran else run_uncached(memo.options, run, args, kwargs)
+    if reason.advice is not None:
+        memo.say(reason.reason, reason.advice)
+    count = _row_count(memo.options, args, kwargs) if rows is None else rows
+    memo.report(CallReport(memo.name, None, count, bypassed=count, reason=reason.reason))
+    return output
+
+
+def _row_count(options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The number of rows of a call that was not split, as far as its first argument shows it."""
+    if options.per_row:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, list | torch.Tensor | np.ndarray) and getattr(value, "ndim", 1):
+                return len(value)
+    return 1
+
+
+# --- split and keys -------------------------------------------------------------------------------------
+
+
+def _batch_of(options: Options, arguments: Arguments) -> Batch:
+    """The call as rows; with ``per_row=False`` the whole call is one."""
+    if not options.per_row:
+        return Batch(1, (), tuple(arguments.bound()), ())
+    try:
+        batch = split(arguments.bound(), options.broadcast, is_row)
+    except NoRowsError as error:
+        raise Bypass("no rows", f"{error}; it runs uncached. Give per_row=False if it has no batch dimension.") from None
+    if batch.size == 0:
+        raise Bypass("empty batch")
+    return batch
+
+
+def _refuse_grad(batch: Batch) -> None:
+    for column in batch.columns:
+        if _needs_grad(column.value):
+            _refuse(column.path)
+    for path, value in batch.shared:
+        if _needs_grad(value):
+            _refuse(path)
+
+
+def _refuse(path: str) -> None:
+    raise Bypass(
+        "an input needs grad",
+        f"its argument {path} needs grad, which a stored row could not pass on; it runs uncached. Detach the input, "
+        "or cache a module that comes before everything trained.",
+    )
+
+
+def _needs_grad(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.requires_grad
+    if isinstance(value, list | tuple):
+        return type(value[0]) is not str and any(map(_needs_grad, value)) if value else False
+    return isinstance(value, Mapping) and any(map(_needs_grad, value.values()))
+
+
+def _keyed(memo: Memo, batch: Batch, arguments: Arguments, given: Given | None) -> Keyed:
+    """The keys of a call's rows.
+
+    Raises:
+        Bypass: something in the call has no content.
+    """
+    extractor = memo.options.extractor
+    try:
+        if given is not None:
+            return given_keyed(given.keys, batch, given.number, given.source)
+        if not memo.options.per_row:
+            return _whole_keyed(batch)
+        if not extractor.reads(batch):
+            memo.say(
+                "nothing to read",
+                f"its key extractor ({extractor.name}) finds nothing that it reads in the per-row arguments "
+                f"({', '.join(column.path for column in batch.columns)}); rows are keyed by the types of the arguments.",
+            )
+        return extractor(arguments.bound(), batch)
+    except NoContentError as error:
+        raise Bypass(
+            "no key",
+            f"{error}; it runs uncached. Give that type a key with register_key_extractor, or pass cache_keys=.",
+        ) from None
+
+
+def _whole_keyed(batch: Batch) -> Keyed:
+    content = b"".join(encode(name) + encode(value, encode_registered) for name, value in batch.shared)
+    return Keyed([digest(frame(b"call", content))], 0, (("call",),), ())
+
+
+def _home(site: Site, batch: Batch) -> torch.device:
+    """The device on which outputs are expected: the first input tensor's, else the module's."""
+    for column in batch.columns:
+        if isinstance(column.value, torch.Tensor):
+            return column.value.device
+    for _, value in batch.shared:
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return value.device
+    return site.device
+
+
+# --- get, plan, compute, put, assemble ------------------------------------------------------------------
+
+_UNKNOWN = object()
+"""No output could be put together."""
+
+
+def _cached(job: Job, began: float) -> object:
+    memo, namespace, keyed = job.memo, job.site.namespace, job.keyed
+    mode = current_mode()
+    keyed_at = perf_counter()
+    found = () if mode == "refresh" else memo.get(namespace, keyed.keys)
+    unchecked = mode != "require-hit" and memo.passed(namespace, job.form) is None
+    plan = plan_call(keyed.keys, found, unchecked=unchecked, ragged=keyed.tokens is not None)
+    output = _UNKNOWN if plan.compute else _served(job, plan)
+    looked_at = computed_at = stored_at = perf_counter()
+    if output is _UNKNOWN:
+        plan = plan if plan.compute else _all_rows(job, check=unchecked)
+        if mode == "require-hit":
+            raise _missing_rows(job, plan)
+        plan, computed, output = _computed(job, plan)
+        computed_at = perf_counter()
+        if mode != "read-only":
+            _put(job, plan, computed)
+        stored_at = perf_counter()
+    if memo.options.verify and plan.found:
+        _verify(job, plan)
+    rows = job.batch.size
+    seconds = Seconds(keyed_at - began, looked_at - keyed_at, computed_at - looked_at, stored_at - computed_at)
+    count = len(plan.compute)
+    memo.report(CallReport(memo.name, namespace, rows, rows - count, count, seconds=seconds))
+    return output
+
+
+def _all_rows(job: Job, *, check: bool) -> CallPlan:
+    return CallPlan((), tuple(distinct(job.keyed.keys).values()), check)
+
+
+def _missing_rows(job: Job, plan: CallPlan) -> CacheMissError:
+    keys = job.keyed.keys
+    missing = {keys[place] for place in plan.compute}
+    places = [place for place, key in enumerate(keys) if key in missing]
+    shown = ", ".join(map(str, places[:10])) + (", ..." if len(places) > 10 else "")
+    return CacheMissError(
+        f"{job.memo.name}: mode 'require-hit' asks for stored rows only, but {len(places)} of {len(keys)} are not "
+        f"stored: rows {shown}. Fill the cache first; cache_of(module).explain(...) says what differs."
+    )
+
+
+def _computed(job: Job, plan: CallPlan) -> tuple[CallPlan, Computed, object]:
+    """Compute what is planned and put it together with what was found; everything, if they do not go together."""
+    computed = compute(job, list(plan.compute), check=plan.check)
+    output = _assembled(job, plan, computed)
+    if output is _UNKNOWN:
+        plan = _all_rows(job, check=False)
+        computed = compute(job, list(plan.compute), check=False)
+        output = _assembled(job, plan, computed)
+    if output is _UNKNOWN:
+        raise AssertionError(f"{job.memo.name}: {len(plan.compute)} rows of one run do not go together")
+    return plan, computed, output
+
+
+def _put(job: Job, plan: CallPlan, computed: Computed) -> None:
+    memo, keys = job.memo, [job.keyed.keys[place] for place in plan.compute]
+    if not computed.checked:
+        memo.note_unchecked(job.site.namespace, job.form, keys)
+    for numbers, rows in computed.parts:
+        memo.put(job.site.namespace, [keys[number] for number in numbers.tolist()], rows)
+    memo.memory.remember(job.site.namespace, job.keyed, shared_digests(job.batch), plan.compute)
+    if job.keyed.tokens is None and memo.padding.notices(job.batch, plan.compute):
+        memo.say(
+            "padding is part of the key",
+            "rows that are stored already miss because they are padded to another length. If nothing reads outputs at "
+            'masked positions, key="tokens" leaves padding out of the key.',
+        )
+
+
+# --- assembling -----------------------------------------------------------------------------------------
+
+
+def _served(job: Job, plan: CallPlan) -> object:
+    if len(plan.found) == 1 and job.keyed.tokens is None:
+        return _built(job, plan.found[0].rows)
+    return _joined(job, [(part.positions, part.rows) for part in plan.found])
+
+
+def _assembled(job: Job, plan: CallPlan, computed: Computed) -> object:
+    if len(plan.compute) == job.batch.size and job.keyed.tokens is None:
+        return _built(job, computed.parts[0][1])  # the store copies, so what was computed can be handed out
+    places, numbers = rows_to_serve(job.keyed.keys, plan)
+    parts: list[Part] = [(part.positions, part.rows) for part in plan.found]
+    for own, rows in computed.parts:
+        where = np.full(len(plan.compute), -1)
+        where[own] = np.arange(len(own))
+        index = where[numbers]
+        here = index >= 0
+        parts.append((places[here], rows.take(index[here].tolist())))
+    return _joined(job, parts)
+
+
+def _joined(job: Job, parts: Sequence[Part]) -> object:
+    """All rows in order as one output, if they fit into one layout."""
+    if job.keyed.tokens is not None:
+        rows = pad_rows(job.batch.size, job.keyed.tokens.width, parts)
+        return _UNKNOWN if rows is None else _built(job, rows)
+    if len({rows.layout for _, rows in parts}) > 1:
+        return _UNKNOWN
+    return _built(job, join_rows(job.batch.size, parts))
+
+
+def _built(job: Job, rows: Rows) -> object:
+    try:
+        return tree_of(rows, job.home, whole=not job.memo.options.per_row)
+    except UnknownClassError:
+        return _UNKNOWN
+
+
+# --- verify ---------------------------------------------------------------------------------------------
+
+_chance = random.Random()  # noqa: S311 - a sample, not a secret; the user's generators stay as they are
+
+
+def _verify(job: Job, plan: CallPlan) -> None:
+    """Recompute a share of the hits and compare.
+
+    Raises:
+        StaleRecordError: naming the row and the difference.
+    """
+    share = job.memo.options.verify
+    served = {int(place) for part in plan.found for place in part.positions}
+    places = [place for place in distinct(job.keyed.keys).values() if place in served and _chance.random() < share]
+    if not places:
+        return
+    for numbers, fresh in compute_again(job, places):
+        for number, own in zip(numbers.tolist(), range(len(numbers)), strict=True):
+            stored = _stored_row(plan, places[number])
+            found = difference(stored, fresh.take([own]), job.site.floor)
+            if found is not None:
+                raise StaleRecordError(
+                    f"{job.memo.name}: row {places[number]} of this call is stored, but the module gives another one "
+                    f"now: {found}. Weights were changed unnoticed, or the store was; cache_of(module).recheck() looks "
+                    "at all weights, cache_of(module).clear() drops the rows."
+                )
+
+
+def _stored_row(plan: CallPlan, place: int) -> Rows:
+    for part in plan.found:
+        at = np.flatnonzero(part.positions == place)
+        if len(at):
+            return part.rows.take([int(at[0])])
+    raise AssertionError(f"row {place} was served but not found")
+
+
+# --- asking without running -----------------------------------------------------------------------------
+
+
+def keys_of(memo: Memo, arguments: Arguments, given: Given | None) -> tuple[Batch, Keyed]:
+    """The rows of a call and their keys.
+
+    Raises:
+        Bypass: the call has no rows or no keys.
+    """
+    batch = _batch_of(memo.options, arguments)
+    return batch, _keyed(memo, batch, arguments, given)
+
+
+def contained(memo: Memo, namespace: str, keys: Sequence[bytes]) -> list[bool]:
+    """Whether each row is stored."""
+    ask = getattr(memo.store, "contains", None)
+    if ask is not None:
+        return [bool(there) for there in ask(namespace, keys)]
+    there = [False] * len(keys)
+    for part in memo.get(namespace, keys):
+        for place in part.positions.tolist():
+            there[place] = True
+    return there
+
+
+def explained(
+    memo: Memo,
+    namespace: str,
+    arguments: Arguments,
+    given: Given | None,
+    namespaces: Mapping[str, Mapping[str, bytes]],
+) -> list[Explanation]:
+    """Why each row of a call would hit or miss."""
+    batch, keyed = keys_of(memo, arguments, given)
+    found = contained(memo, namespace, keyed.keys)
+    return memo.memory.explain(namespace, keyed, shared_digests(batch), found, namespaces)

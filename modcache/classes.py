@@ -1,0 +1,146 @@
+"""Make the classes of cached modules: the user's own class, with a forward that asks the store first."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attached import Attached
+
+__all__ = ["ATTACHED", "cached_class", "decorated_class", "original_class"]
+
+ATTACHED = "_modcache"
+"""Where a cached module keeps what hangs on it, in its ``__dict__``."""
+
+Attach = Callable[[nn.Module], Attached]
+
+_made: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
+
+
+def original_class(cls: type) -> type | None:
+    """The user's class below a class made here, or ``None`` if it is not one of them."""
+    found = cls.__dict__.get("_modcache_original")
+    return found if isinstance(found, type) else None
+
+
+def cached_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that an instance of ``cls`` takes on when it is wrapped in place."""
+    known = _made.get(cls)
+    made = known() if known is not None else None
+    if made is None:
+        made = _subclass(cls, {"__reduce_ex__": _reduce(cls)})
+        _made[cls] = weakref.ref(made)
+    return made
+
+
+def decorated_class(cls: type[nn.Module], attach: Attach) -> type[nn.Module]:
+    """The class that replaces a decorated one; ``attach`` readies each of its instances."""
+
+    @functools.wraps(cls.__init__)
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is the class's own
+        cls.__init__(self, *args, **kwargs)
+        if type(self) is made and ATTACHED not in self.__dict__:
+            attach(self)
+
+    made = _subclass(cls, {"__init__": __init__, "_modcache_attach": staticmethod(attach)})
+    return made
+
+
+def _subclass(cls: type[nn.Module], more: dict[str, Any]) -> type[nn.Module]:
+    """A subclass that cannot be told from ``cls`` by name, module, documentation or signature."""
+    body = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_modcache_original": cls,
+        "forward": _forward(cls),
+        "train": _train(cls),
+        "_apply": _apply(cls),
+        **more,
+    }
+    if (become := getattr(cls, "cls_to_become", None)) is not None:
+        body["cls_to_become"] = cached_class(become)  # a lazy module stays wrapped when it materialises
+    return type(cls)(cls.__name__, (cls,), body)
+
+
+def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
+    @functools.wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            if _is_exporting():
+                kwargs.pop("cache_keys", None)
+                return cls.forward(self, *args, **kwargs)
+            return _outside_the_graph(self, cls, args, kwargs)
+        return attached_to(self).forward(self, cls, args, kwargs)
+
+    return forward
+
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def _outside_the_graph(module: nn.Module, cls: type[nn.Module], args: Any, kwargs: Any) -> Any:
+    """A clean graph break: what is looked up in a store is no part of a compiled graph."""
+    return torch.compiler.disable(_eagerly)(module, cls, args, kwargs)
+
+
+# Dynamo ends the graph before a function with this mark. (`torch.compiler.disable` sets it as well, but it imports
+# dynamo, which takes a second; here that happens only once dynamo is at work.)
+_outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _eagerly(module: nn.Module, cls: type[nn.Module], args: Any, kwargs: Any) -> Any:
+    return attached_to(module).forward(module, cls, args, kwargs)
+
+
+def attached_to(module: nn.Module) -> Attached:
+    """What hangs on a cached module; an instance of a decorated class that bypassed ``__init__`` gets it now."""
+    found = module.__dict__.get(ATTACHED)
+    if found is None:
+        found = type(module)._modcache_attach(module)  # type: ignore[operator]
+    assert isinstance(found, Attached)
+    return found
+
+
+def _train(cls: type[nn.Module]) -> Callable[..., Any]:
+    @functools.wraps(cls.train)
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        found = self.__dict__.get(ATTACHED)
+        frozen = found is not None and found.requested.freeze
+        return cls.train(self, mode and not frozen)
+
+    return train
+
+
+def _apply(cls: type[nn.Module]) -> Callable[..., Any]:
+    @functools.wraps(cls._apply)
+    def apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if (found := self.__dict__.get(ATTACHED)) is not None:
+            found.identity.drop()  # or the old weights would stay in memory until the next call
+        return cls._apply(self, *args, **kwargs)
+
+    return apply
+
+
+# --- pickling -------------------------------------------------------------------------------------------
+
+
+def _reduce(cls: type[nn.Module]) -> Callable[..., Any]:
+    def __reduce_ex__(self: nn.Module, protocol: int) -> Any:  # noqa: N807 - it is the class's own
+        reduced = cls.__reduce_ex__(self, protocol)
+        if type(self) is not cached_class(cls) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced  # the class has its own way
+        return _new_cached, (cls, *reduced[1][1:]), *reduced[2:]
+
+    return __reduce_ex__
+
+
+def _new_cached(cls: type[nn.Module], *args: Any) -> nn.Module:
+    made = cached_class(cls)
+    return made.__new__(made, *args)

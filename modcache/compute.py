@@ -1,0 +1,320 @@
+"""Run the module on the rows that are missing, and make sure that its rows do not depend on each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from .arguments import Arguments
+from .batch import Batch
+from .keys import Keyed
+from .keys.tokens import TokenRows, fit_tokens, token_dims, unpad_rows
+from .memo import Bypass, Form, Memo, Options, TokenDims
+from .rows import NotRowsError, Rows, rows_of
+from .selfcheck import difference, preserved_randomness, rows_to_check
+
+__all__ = ["Computed", "Job", "Part", "Site", "compute", "compute_again", "run_uncached"]
+
+Part = tuple[np.ndarray, Rows]
+"""Places in a batch, and the rows that belong there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What a call needs to know of the module that it is for.
+
+    Args:
+        run: the module's own forward.
+        namespace: names the module as it is now, and the context.
+        device: where the module's parameters are; outputs are expected there unless an input tensor is elsewhere.
+        floor: the tolerance of its least precise arithmetic.
+        settle: to be called after each run; the name of a weight that the run changed, if any.
+        grad: whether grad mode is on.
+    """
+
+    run: Callable[..., object]
+    namespace: str
+    device: torch.device
+    floor: float
+    settle: Callable[[], str | None]
+    grad: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One call, split and keyed.
+
+    Args:
+        memo: what the calls of this module share.
+        site: the module as it is now.
+        arguments: what the caller gave.
+        batch: the same as rows.
+        keyed: the keys of the rows.
+        form: what a self-check of this call is valid for.
+        home: the device on which outputs are expected.
+    """
+
+    memo: Memo
+    site: Site
+    arguments: Arguments
+    batch: Batch
+    keyed: Keyed
+    form: Form
+    home: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Rows that the module computed.
+
+    Args:
+        parts: numbers among the computed rows, and the rows; several parts where rows have lengths of their own.
+        keep: whether they may be stored.
+        checked: whether a self-check has passed for calls of this form.
+    """
+
+    parts: tuple[Part, ...]
+    keep: bool
+    checked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One run of the module: what it returned, and whether on the very arguments of the call."""
+
+    output: object
+    whole: bool
+    rows: int
+
+
+def run_uncached(
+    options: Options, run: Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> object:
+    """The module on these arguments, prepared if that is asked for."""
+    if options.prepare is None:
+        return run(*args, **kwargs)
+    prepared = options.prepare(*args, **kwargs)
+    if isinstance(prepared, tuple) and not hasattr(prepared, "_fields"):
+        return run(*prepared)
+    if isinstance(prepared, Mapping):
+        return run(**prepared)
+    return run(prepared)
+
+
+def compute(job: Job, places: list[int], *, check: bool) -> Computed:
+    """The rows at these places, computed in one run.
+
+    Raises:
+        Bypass: the output is not rows, or depends on more than the rows; with the output if it is the call's.
+    """
+    memo, site, tokens = job.memo, job.site, job.keyed.tokens
+    width = 0 if tokens is None else int(tokens.lengths[places].max())
+    run = _run(job, places, width)
+    moved = site.settle()
+    rows = _rows(job, run)
+    if moved is not None:
+        _weights_moved(job, run, moved)
+    memo.note_still()
+    dims = memo.passed(site.namespace, job.form)
+    if dims is None and (check or tokens is not None or not memo.options.per_row):
+        dims = _self_check(job, places, rows, run, width)
+    if tokens is None:
+        return Computed(((np.arange(len(places)), rows),), keep=True, checked=dims is not None)
+    if dims is None:
+        _give_up(run)
+    return Computed(tuple(unpad_rows(rows, tokens.lengths[places], dims)), keep=True, checked=True)
+
+
+def compute_again(job: Job, places: list[int]) -> tuple[Part, ...]:
+    """The rows at these places as the module gives them now, for comparison only.
+
+    Raises:
+        Bypass: as `compute`.
+    """
+    with preserved_randomness():
+        return compute(job, places, check=False).parts
+
+
+# --- running --------------------------------------------------------------------------------------------
+
+
+def _fitted(batch: Batch, tokens: TokenRows | None, width: int) -> Batch:
+    return batch if tokens is None or width == tokens.width else fit_tokens(batch, tokens, width)
+
+
+def _run(job: Job, places: list[int], width: int) -> _Run:
+    """Run the module on some rows; on the very arguments of the call if these are all its rows in order."""
+    options, site, arguments = job.memo.options, job.site, job.arguments
+    batch = _fitted(job.batch, job.keyed.tokens, width)
+    whole = batch is job.batch and places == list(range(batch.size))
+    taken = arguments if whole else arguments.taken(batch, places)
+    before = _versions(taken)
+    try:
+        output = run_uncached(options, site.run, taken.args, taken.kwargs)
+    except Exception as error:
+        if whole or _is_out_of_memory(error):
+            raise
+        _only_whole_batches(job, error)
+    if before != _versions(taken):
+        job.memo.block(job.form, "writes into its input")
+        raise Bypass(
+            "writes into its input",
+            "its forward changes an input in place, which a stored row would not do; it runs uncached from now on.",
+            *((output,) if whole else ()),
+        )
+    return _Run(output, whole, len(places))
+
+
+def _versions(arguments: Arguments) -> list[int]:
+    return [
+        value._version
+        for _, value in arguments.bound()
+        if isinstance(value, torch.Tensor) and not value.is_inference()
+    ]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "out of memory" in str(error)
+
+
+def _only_whole_batches(job: Job, error: Exception) -> NoReturn:
+    """The module failed on a part of the batch: does it on the whole? Then it is no matter of rows."""
+    arguments = job.arguments
+    output = run_uncached(job.memo.options, job.site.run, arguments.args, arguments.kwargs)
+    job.memo.block(job.form, "fails on some of its rows")
+    raise Bypass(
+        "fails on some of its rows",
+        f"it runs on a whole batch but raises {type(error).__name__} on some of its rows ({error}); it runs uncached "
+        "from now on. If an argument is the same for all rows, name it in broadcast=.",
+        output,
+    ) from None
+
+
+def _rows(job: Job, run: _Run) -> Rows:
+    """The output as rows.
+
+    Raises:
+        Bypass: it cannot be parted into rows, or something trainable feeds it.
+    """
+    try:
+        if job.site.grad and _any_needs_grad(run.output):
+            raise NotRowsError("its output needs grad: something trainable that is no parameter of it feeds the output")
+        return rows_of(run.output, run.rows if job.memo.options.per_row else None, job.home)
+    except NotRowsError as error:
+        raise Bypass(
+            "output is not rows",
+            f"{error}; it runs uncached. Cache a submodule whose output has one row per input, or give per_row=False "
+            "if the module has no batch dimension.",
+            *((run.output,) if run.whole else ()),
+        ) from None
+
+
+def _any_needs_grad(output: object) -> bool:
+    if isinstance(output, torch.Tensor):
+        return output.requires_grad
+    if isinstance(output, Mapping):
+        return any(map(_any_needs_grad, output.values()))
+    if isinstance(output, tuple | list):
+        return any(map(_any_needs_grad, output))
+    return hasattr(output, "__dataclass_fields__") and any(map(_any_needs_grad, vars(output).values()))
+
+
+def _weights_moved(job: Job, run: _Run, name: str) -> NoReturn:
+    """Rows of a forward that changed its own weights belong to no state."""
+    advice = None
+    if job.memo.note_moved():
+        job.memo.block(job.form, "changes its own weights")
+        advice = f"its forward keeps changing {name}, so no row stays valid; it runs uncached from now on."
+    raise Bypass("changes its own weights", advice, *((run.output,) if run.whole else ()))
+
+
+def _give_up(run: _Run) -> NoReturn:
+    """Nothing can be told from this batch; the next one may tell more."""
+    raise Bypass("undecided", None, *((run.output,) if run.whole else ()))
+
+
+# --- the self-check -------------------------------------------------------------------------------------
+
+
+def _self_check(job: Job, places: list[int], rows: Rows, run: _Run, width: int) -> TokenDims | None:
+    """Run the module once more on a few of the rows; ``None`` if that could not be done.
+
+    Raises:
+        Bypass: the rows came out otherwise, so they depend on chance or on each other.
+    """
+    tokens = job.keyed.tokens
+    chosen, other_width = _choice(job, places, width)
+    try:
+        with preserved_randomness():
+            again = _run_again(job, chosen, other_width)
+            job.site.settle()
+    except Exception as error:
+        if _is_out_of_memory(error) or other_width > width:
+            return None
+        _fail(job, run, f"on some of the rows of the batch alone it raises {type(error).__name__}: {error}")
+    try:
+        other = rows_of(again, len(chosen) if job.memo.options.per_row else None, job.home)
+    except NotRowsError as error:
+        _fail(job, run, str(error))
+    dims: TokenDims = ((),) * len(rows.layout.leaves)
+    if tokens is not None:
+        found = token_dims(rows.layout, width, other.layout, other_width)
+        if found is None:
+            _fail(job, run, "its output does not follow the number of tokens")
+        dims = found
+    for left, right in _comparable(rows, other, places, chosen, dims, tokens):
+        if (found_difference := difference(left, right, job.site.floor)) is not None:
+            _fail(job, run, found_difference)
+    job.memo.let_pass(job.site.namespace, job.form, dims)
+    return dims
+
+
+def _choice(job: Job, places: list[int], width: int) -> tuple[list[int], int]:
+    """Rows for the check, and the width to run them at: another one, where rows have lengths of their own."""
+    tokens = job.keyed.tokens
+    if tokens is None:
+        return (rows_to_check(places) if job.memo.options.per_row else places), 0
+    shorter = [place for place in places if tokens.lengths[place] < width]
+    if shorter:
+        chosen = rows_to_check(shorter) or shorter[:1]
+        return chosen, int(tokens.lengths[chosen].max())
+    return rows_to_check(places) or places, width + 1
+
+
+def _run_again(job: Job, chosen: list[int], width: int) -> object:
+    batch = _fitted(job.batch, job.keyed.tokens, width)
+    whole = batch is job.batch and not job.memo.options.per_row
+    taken = job.arguments if whole else job.arguments.taken(batch, chosen)
+    return run_uncached(job.memo.options, job.site.run, taken.args, taken.kwargs)
+
+
+def _comparable(
+    rows: Rows, other: Rows, places: list[int], chosen: list[int], dims: TokenDims, tokens: TokenRows | None
+) -> Sequence[tuple[Rows, Rows]]:
+    numbers = [places.index(place) for place in chosen]
+    own = rows.take(numbers)
+    if tokens is None:
+        return [(own, other)]
+    lengths = tokens.lengths[chosen]
+    pairs = zip(unpad_rows(own, lengths, dims), unpad_rows(other, lengths, dims), strict=True)
+    return [(left, right) for (_, left), (_, right) in pairs]
+
+
+def _fail(job: Job, run: _Run, what: str) -> NoReturn:
+    reason = "self-check failed"
+    job.memo.block(job.form, reason)
+    hint = (
+        'its padding matters, so do not use key="tokens"'
+        if job.keyed.tokens is not None
+        else "if it is random, make it deterministic; if an argument is the same for all rows, name it in broadcast="
+    )
+    raise Bypass(
+        reason,
+        f"run again on a few rows of a batch, it did not give the same rows: {what}. Its rows depend on chance or on "
+        f"each other, so it runs uncached from now on. What to do: {hint}.",
+        *((run.output,) if run.whole else ()),
+    )

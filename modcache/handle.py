@@ -1,0 +1,124 @@
+"""See through a cached module: what it did, what it holds, why a row hits, and how to drop rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .attached import Attached
+from .call import contained, explained, keys_of
+from .explain import Explanation
+from .memo import Bypass
+from .stats import CallHook, Stats
+from .stores import Store
+
+__all__ = ["Cache", "HookHandle"]
+
+
+class HookHandle:
+    """Takes a hook away again: ``handle.remove()``."""
+
+    def __init__(self, hooks: dict[int, CallHook], hook: CallHook) -> None:
+        self._hooks = hooks
+        hooks[id(self)] = hook
+
+    def remove(self) -> None:
+        """Stop calling the hook."""
+        self._hooks.pop(id(self), None)
+
+
+class Cache:
+    """What `cache_of` gives: the cache of one module.
+
+    >>> import torch
+    >>> from modcache import cached_module, cache_of
+    >>> encoder = cached_module(torch.nn.Linear(3, 2), freeze=True)
+    >>> batch = torch.eye(3)
+    >>> _ = encoder(batch)
+    >>> cache_of(encoder).contains(batch)
+    [True, True, True]
+    >>> print(cache_of(encoder).explain(batch * 2)[0])
+    row 0: miss, not seen before
+    """
+
+    def __init__(self, module: nn.Module, attached: Attached) -> None:
+        self._module = module
+        self._attached = attached
+
+    def __repr__(self) -> str:
+        stats = self.stats
+        return f"Cache({self._attached.name}, {stats.rows} rows, {stats.hit_rate:.0%} hits)"
+
+    @property
+    def stats(self) -> Stats:
+        """What the module's calls did so far; prints as a table."""
+        return self._attached.memo.stats()
+
+    @property
+    def store(self) -> Store:
+        """Where the rows lie."""
+        return self._attached.memo.store
+
+    @property
+    def namespace(self) -> str:
+        """Names the module as it is now, with the context (autocast, precision) of this moment; 32 hex digits."""
+        return self._attached.namespace(self._module)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The readable description of the namespace: what is in it, and what could not be fingerprinted."""
+        return self._attached.manifest(self._module)
+
+    def contains(self, *args: Any, **kwargs: Any) -> list[bool]:
+        """Whether each row of a call is stored; the module is not run.
+
+        A call that would be bypassed has no stored rows.
+        """
+        namespace, arguments, given = self._attached.asked(self._module, args, kwargs)
+        try:
+            batch, keyed = keys_of(self._attached.memo, arguments, given)
+        except Bypass:
+            return []
+        return contained(self._attached.memo, namespace, keyed.keys)
+
+    def explain(self, *args: Any, **kwargs: Any) -> list[Explanation]:
+        """Why each row of a call would hit or miss; the module is not run."""
+        namespace, arguments, given = self._attached.asked(self._module, args, kwargs)
+        try:
+            return explained(self._attached.memo, namespace, arguments, given, self._attached.parts(self._module))
+        except Bypass as reason:
+            return [Explanation(0, False, f"the call is bypassed: {reason.advice or reason.reason}")]
+
+    def recheck(self) -> bool:
+        """Digest all weights in full; whether something had changed unnoticed (then those rows are dropped)."""
+        return self._attached.recheck(self._module)
+
+    def forget(self, *args: Any, **kwargs: Any) -> int:
+        """Drop the rows of a call everywhere: in all tiers and all namespaces of the store; their number."""
+        _, arguments, given = self._attached.asked(self._module, args, kwargs)
+        try:
+            _, keyed = keys_of(self._attached.memo, arguments, given)
+        except Bypass:
+            return 0
+        return sum(self.store.delete(namespace, keyed.keys) for namespace in self.store.namespaces())
+
+    def clear(self) -> int:
+        """Drop all rows of this module, in the states and contexts it had; their number."""
+        return self._attached.clear()
+
+    def flush(self) -> None:
+        """Wait until what was stored would survive the process, where the store can do that."""
+        self.store.flush()
+
+    def close(self) -> None:
+        """Stop caching: the module runs uncached from now on. A store of its own is given back."""
+        self._attached.close()
+
+    def add_hook(self, hook: CallHook) -> HookHandle:
+        """Call ``hook(report)`` with one frozen `CallReport` after each call.
+
+        Returns:
+            A handle whose ``remove()`` takes the hook away again.
+        """
+        return HookHandle(self._attached.memo.hooks, hook)

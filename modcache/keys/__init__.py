@@ -1,0 +1,285 @@
+"""Key extractors: what names a row.
+
+Give one of these, or its name, as ``key=`` to `cached_module`; without one, each argument is keyed by its type:
+texts by their UTF-8 bytes, tensors and arrays by their values, ``pathlib`` paths by the content of the file,
+images and registered objects by their registered function.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..batch import Batch, Bound, Column, row
+from ..digest import digest, encode
+from ..errors import KeyExtractionError, UsageError, UsageTypeError
+from .files import CHECKS
+from .given import given_digests, given_metas, given_rows
+from .parts import Digested, Meta, Part, frame_seed, part_of, paths_part, row_keys
+from .registry import checked_key, register_key_extractor
+from .tokens import TokenRows, find_tokens, token_keys, token_metas
+
+__all__ = [
+    "Extractor",
+    "Keyed",
+    "custom",
+    "extractor_of",
+    "given_keyed",
+    "path",
+    "register_key_extractor",
+    "tensor",
+    "text",
+    "tokens",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """The keys of a call's rows.
+
+    Args:
+        keys: 16 bytes per row.
+        seed: stands for everything that the rows have in common.
+        metas: what is common to the rows, per column: path, kind, dtype, trailing shape.
+        parts: the columns again, for who wants their digests one by one.
+        tokens: the lengths of the rows, where padding is not part of them.
+    """
+
+    keys: list[bytes]
+    seed: int
+    metas: tuple[Meta, ...]
+    parts: tuple[Part, ...]
+    tokens: TokenRows | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Extractor:
+    """Makes the keys of rows; this one goes by the types of the arguments.
+
+    Every argument that it does not read stays in the key, by its type.
+    """
+
+    @property
+    def name(self) -> str:
+        """How it is called in a manifest."""
+        return "by type"
+
+    @property
+    def function(self) -> Callable[[Any], object] | None:
+        """The user's function in it, whose code is part of the namespace."""
+        return None
+
+    def part(self, column: Column) -> Part | None:
+        """How this extractor reads a column; ``None`` to go by its type."""
+        return None
+
+    def reads(self, batch: Batch) -> bool:
+        """Whether there is anything in the batch that this extractor is for."""
+        return True
+
+    def __call__(self, bound: Bound, batch: Batch) -> Keyed:
+        """The keys of the rows of a call.
+
+        Raises:
+            NoContentError: something in the call has no content.
+            KeyExtractionError: the user's function gave something that cannot be a key.
+        """
+        parts = tuple([self.part(column) or part_of(column) for column in batch.columns])
+        metas = tuple([part.meta for part in parts])
+        seed = frame_seed(metas, batch)
+        return Keyed(row_keys(parts, seed), seed, metas, parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text(Extractor):
+    @property
+    def name(self) -> str:
+        return "text"
+
+    def reads(self, batch: Batch) -> bool:
+        return any(_holds(column, str) for column in batch.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor(Extractor):
+    @property
+    def name(self) -> str:
+        return "tensor"
+
+    def reads(self, batch: Batch) -> bool:
+        return any(hasattr(column.value, "shape") for column in batch.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class _Path(Extractor):
+    check: str = "content"
+
+    @property
+    def name(self) -> str:
+        return f"path, by {self.check}"
+
+    def reads(self, batch: Batch) -> bool:
+        return any(_holds(column, str | bytes | os.PathLike) for column in batch.columns)
+
+    def part(self, column: Column) -> Part | None:
+        if not _holds(column, str | bytes | os.PathLike):
+            return None
+        return paths_part(column, [column.value] if column.single else column.value, self.check)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens(Extractor):
+    @property
+    def name(self) -> str:
+        return "tokens"
+
+    def reads(self, batch: Batch) -> bool:
+        return any(column.path.rstrip("]'").endswith("input_ids") for column in batch.columns)
+
+    def __call__(self, bound: Bound, batch: Batch) -> Keyed:
+        found = find_tokens(batch)
+        if found is None:
+            # Named apart: without super(), which slots=True takes away from a dataclass.
+            return Extractor.__call__(self, bound, batch)
+        metas = token_metas(batch, found)
+        seed = frame_seed(metas, batch)
+        parts = tuple(part_of(column) for column in batch.columns)
+        return Keyed(token_keys(batch, found, seed), seed, metas, parts, found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Custom(Extractor):
+    of_row: Callable[[Any], object]
+
+    @property
+    def name(self) -> str:
+        named = getattr(self.of_row, "__qualname__", type(self.of_row).__qualname__)
+        return f"custom {named}"
+
+    @property
+    def function(self) -> Callable[[Any], object] | None:
+        return self.of_row
+
+    def __call__(self, bound: Bound, batch: Batch) -> Keyed:
+        found = [self._key(row(bound, batch, place), place) for place in range(batch.size)]
+        metas = (("custom",), *given_metas(batch, 0)[1:])
+        seed = frame_seed(metas, batch)
+        part = Digested(("key", "custom"), found, _same)
+        return Keyed(part.digests(seed), seed, metas, (part,))
+
+    def _key(self, value: object, place: int) -> bytes:
+        try:
+            found = self.of_row(value)
+        except Exception as error:
+            raise KeyExtractionError(f"the key function raised {type(error).__name__} on row {place}: {error}") from error
+        return checked_key(found, f"the key function, on row {place},")
+
+
+def _same(value: bytes) -> bytes:
+    return value
+
+
+def _holds(column: Column, types: Any) -> bool:
+    if column.single:
+        return isinstance(column.value, types)
+    value = column.value
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, types) for item in value)
+
+
+def given_keyed(keys: object, batch: Batch, number: int = 0, source: str = "cache_keys") -> Keyed:
+    """The keys of rows that the caller names; what is per row is then not digested.
+
+    Raises:
+        UsageError: their number is not the number of rows.
+        UsageTypeError: they are of a type that cannot be keys.
+    """
+    rows = given_rows(keys, batch.size, source)
+    metas = given_metas(batch, number)
+    seed = frame_seed(metas, batch)
+    digests = given_digests(rows, seed)
+    return Keyed(digests, seed, metas, (Digested(("key", "given"), digests, _same),))
+
+
+# --- public constructors --------------------------------------------------------------------------------
+
+
+def text() -> Extractor:
+    """Rows of text, by their UTF-8 bytes; every character counts."""
+    return _Text()
+
+
+def path(check: str = "content") -> Extractor:
+    """Rows that are paths of files.
+
+    >>> path(check="stat").name
+    'path, by stat'
+
+    Args:
+        check: ``"content"`` reads the file (an unchanged file is read once per process), ``"stat"`` trusts its
+            absolute path, size, inode and times, ``"name"`` trusts its path as it was written.
+
+    Raises:
+        UsageError: an unknown ``check`` (a ``ValueError``).
+    """
+    if check not in CHECKS:
+        raise UsageError(f"path(check=...) must be one of {', '.join(map(repr, CHECKS))}; found {check!r}")
+    return _Path(check)
+
+
+def tensor() -> Extractor:
+    """Rows of tensors, by all of their values; this is what tensors get by default."""
+    return _Tensor()
+
+
+def tokens() -> Extractor:
+    """Rows of token ids with a right-padding ``attention_mask``, by their unpadded ids.
+
+    A text then hits whatever the length of its neighbours. Outputs are stored without their padding and come back
+    padded with zeros, where the plain module gives what it computes for padding: do not use this if something
+    reads outputs at masked positions. A batch that is padded otherwise is keyed with its padding.
+    """
+    return _Tokens()
+
+
+def custom(function: Callable[[Any], object]) -> Extractor:
+    """Rows by what a function says of them.
+
+    >>> custom(lambda row: row["id"]).name
+    'custom <lambda>'
+
+    Args:
+        function: gets one row (the row itself if one argument is per row, else a mapping of name to row); returns a
+            bool, int, float, str, bytes, None or a tuple of these. Its code is part of the namespace.
+
+    Raises:
+        UsageTypeError: it is not callable (a ``TypeError``).
+    """
+    if not callable(function):
+        raise UsageTypeError(f"custom(...) takes a function of one row; found {function!r}")
+    return _Custom(function)
+
+
+_NAMED: dict[str, Callable[[], Extractor]] = {"text": text, "path": path, "tensor": tensor, "tokens": tokens}
+
+
+def extractor_of(key: object) -> Extractor:
+    """The extractor that a ``key=`` option means.
+
+    Raises:
+        UsageError: an unknown name.
+        UsageTypeError: neither a name, an extractor, a callable nor None.
+    """
+    if key is None:
+        return Extractor()
+    if isinstance(key, Extractor):
+        return key
+    if isinstance(key, str):
+        if key not in _NAMED:
+            names = ", ".join(map(repr, _NAMED))
+            raise UsageError(f"key must be one of {names}, an extractor or a function of a row; found {key!r}")
+        return _NAMED[key]()
+    if callable(key) and not isinstance(key, type):
+        return _Custom(key)
+    raise UsageTypeError(f"key must be a name, an extractor from modcache.keys or a function of a row; found {key!r}")

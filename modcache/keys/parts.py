@@ -1,0 +1,244 @@
+"""Digest the columns of a batch: each kind of column in its own way, then all columns of a row together."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..batch import Batch, Column
+from ..digest import (
+    KEY_SCHEME,
+    NoContentError,
+    digest,
+    encode,
+    frame,
+    is_ordinary,
+    memory_of,
+    row_digests,
+    seed_of,
+    settled,
+    tensor_row_digests,
+)
+from ..rows import bytes_of
+from .files import path_key
+from .registry import encode_registered, has_extractor
+
+__all__ = ["Digested", "Meta", "Part", "Values", "frame_seed", "part_of", "paths_part", "row_keys", "texts_part"]
+
+Meta = tuple[object, ...]
+"""What is the same for all rows of a column: path, kind, dtype, trailing shape. Hashable."""
+
+_SMALL_ROW = 4096
+"""Bytes up to which the rows of several tensors are laid side by side and digested in one go."""
+
+
+class Part(Protocol):
+    """How the rows of one column become keys."""
+
+    @property
+    def meta(self) -> Meta: ...
+
+    def digests(self, seed: int) -> list[bytes]:
+        """One digest per row."""
+
+    def matrix(self) -> np.ndarray | None:
+        """The rows as a small byte matrix, if they are one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """The rows of a tensor: their bytes in C order."""
+
+    meta: Meta
+    tensor: torch.Tensor
+
+    def digests(self, seed: int) -> list[bytes]:
+        return tensor_row_digests(self.tensor, seed)
+
+    def matrix(self) -> np.ndarray | None:
+        tensor = self.tensor
+        count = tensor.shape[0]
+        width = tensor.numel() // max(count, 1) * tensor.element_size()
+        if not 0 < width <= _SMALL_ROW:
+            return None
+        values = settled(tensor).contiguous()
+        if values.data_ptr() != tensor.data_ptr():
+            return bytes_of(values)
+        return np.frombuffer(memory_of(values), np.uint8).reshape(count, width)  # kept alive by self.tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Digested:
+    """Rows that become bytes one by one."""
+
+    meta: Meta
+    rows: Sequence[Any]
+    to_bytes: Callable[[Any], bytes]
+
+    def digests(self, seed: int) -> list[bytes]:
+        return list(map(functools.partial(digest, seed=seed), map(self.to_bytes, self.rows)))
+
+    def matrix(self) -> np.ndarray | None:
+        return None
+
+
+# --- columns to parts -----------------------------------------------------------------------------------
+
+
+def part_of(column: Column) -> Part:
+    """How a column is digested, by the type of its value.
+
+    Raises:
+        NoContentError: its rows have no content.
+    """
+    value = column.value
+    if column.single:
+        return _listed(column, [value])
+    if isinstance(value, torch.Tensor):
+        if is_ordinary(value):
+            return Values((column.path, "tensor", value.dtype, tuple(value.shape[1:])), value)
+        return _registered_rows(column)
+    if isinstance(value, np.ndarray):
+        return _array(column)
+    return _listed(column, value)
+
+
+def _listed(column: Column, rows: Sequence[Any]) -> Part:
+    types = set(map(type, rows))
+    if types == {str}:
+        return texts_part(column, rows)
+    if types and all(issubclass(cls, os.PathLike) and not has_extractor(cls) for cls in types):
+        return paths_part(column, rows, "content")
+    return Digested((column.path, "objects", *_holder(column)), rows, _object_bytes)
+
+
+def _object_bytes(value: object) -> bytes:
+    return encode(value, encode_registered)
+
+
+def _holder(column: Column) -> tuple[str, bool]:
+    return type(column.value).__name__ if not column.single else "", column.single
+
+
+_utf8 = functools.partial(str.encode, encoding="utf-8", errors="surrogatepass")
+
+
+def _text_bytes(text: str) -> bytes:
+    try:
+        return text.encode()  # half the time of naming the error handler
+    except UnicodeEncodeError:
+        return _utf8(text)
+
+
+def texts_part(column: Column, rows: Sequence[str]) -> Part:
+    """Rows of text, by their UTF-8 bytes."""
+    return Texts((column.path, "text", *_holder(column)), rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Rows of text: their UTF-8 bytes."""
+
+    meta: Meta
+    rows: Sequence[str]
+
+    def digests(self, seed: int) -> list[bytes]:
+        keyed = functools.partial(digest, seed=seed)
+        try:
+            return list(map(keyed, map(str.encode, self.rows)))
+        except UnicodeEncodeError:  # lone surrogates
+            return list(map(keyed, map(_utf8, self.rows)))
+
+    def matrix(self) -> np.ndarray | None:
+        return None
+
+
+def paths_part(column: Column, rows: Sequence[Any], check: str) -> Part:
+    """Rows that are paths of files."""
+    return Digested(
+        (column.path, "path", check, *_holder(column)), rows, functools.partial(path_key, check=check)
+    )
+
+
+def _array(column: Column) -> Part:
+    array: np.ndarray = column.value
+    if has_extractor(type(array)):
+        return _registered_rows(column)
+    if array.dtype.hasobject or type(array) is not np.ndarray:
+        return Digested((column.path, "array of objects", *_holder(column)), list(array), _object_bytes)
+    kind = array.dtype.str if array.dtype.names is None else str(array.dtype.descr)
+    width = array[:1].nbytes
+    rows = np.ascontiguousarray(array).reshape(-1).view(np.uint8) if width else np.empty(0, np.uint8)
+    bytes_tensor = torch.from_numpy(_writable(rows).reshape(len(array), width))
+    return Values((column.path, "array", kind, array.shape[1:]), bytes_tensor)
+
+
+def _writable(rows: np.ndarray) -> np.ndarray:
+    """Torch warns of arrays that are read-only; nothing here writes, so a copy keeps it quiet."""
+    return rows if rows.flags.writeable else rows.copy()
+
+
+def _registered_rows(column: Column) -> Part:
+    cls = type(column.value)
+    if not has_extractor(cls):
+        raise NoContentError(
+            f"{column.path} is a {cls.__module__}.{cls.__qualname__}, which has no content to make a key of"
+        )
+    return Digested((column.path, "registered", cls.__qualname__), list(column.value), _object_bytes)
+
+
+# --- parts to keys --------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def _frame_bytes(metas: tuple[Meta, ...], containers: tuple[tuple[str, str, int], ...]) -> bytes:
+    return frame(b"rows", encode(KEY_SCHEME) + encode(metas) + encode(containers))
+
+
+def frame_seed(metas: tuple[Meta, ...], batch: Batch) -> int:
+    """The seed that stands for all that the rows of a call have in common, shared arguments by content.
+
+    Raises:
+        NoContentError: a shared argument has no content.
+    """
+    common = _frame_bytes(metas, batch.containers)
+    if not batch.shared:
+        return _seed(common)
+    return _seed(common + b"".join(encode(path) + _shared_bytes(path, value) for path, value in batch.shared))
+
+
+_seed = functools.lru_cache(maxsize=4096)(seed_of)
+
+
+def _shared_bytes(path: str, value: object) -> bytes:
+    try:
+        return _object_bytes(value)
+    except NoContentError as error:
+        raise NoContentError(f"{path}: {error}") from None
+
+
+def row_keys(parts: Sequence[Part], seed: int) -> list[bytes]:
+    """One key per row, of all its parts: small tensors side by side, everything else by its digest."""
+    if len(parts) == 1:
+        return parts[0].digests(seed)
+    matrices = []
+    for part in parts:
+        matrix = part.matrix()
+        if matrix is None:
+            digests = b"".join(part.digests(0))
+            matrix = np.frombuffer(digests, np.uint8).reshape(-1, 16)
+        matrices.append(matrix)
+    joined = np.concatenate(matrices, axis=1)
+    count, width = joined.shape
+    return row_digests(joined.data.cast("B"), count, width, seed)
+
+
+def shared_digests(batch: Batch) -> tuple[tuple[str, bytes], ...]:
+    """Path and digest of each argument that all rows share."""
+    return tuple((path, digest(_shared_bytes(path, value))) for path, value in batch.shared)

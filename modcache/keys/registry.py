@@ -1,0 +1,132 @@
+"""Which types of objects have a key of their own, and how it is made."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ..digest import digest, encode, frame
+from ..errors import KeyExtractionError, UsageTypeError
+from ..fingerprint import callable_digest
+
+__all__ = ["checked_key", "encode_registered", "has_extractor", "is_row", "register_key_extractor"]
+
+Function = TypeVar("Function", bound=Callable[[Any], object])
+
+_by_type: dict[type, tuple[Callable[[Any], object], bytes]] = {}
+_by_name: dict[str, tuple[Callable[[Any], object], bytes]] = {}
+_resolved: dict[type, tuple[Callable[[Any], object], bytes] | None] = {}
+
+
+def register_key_extractor(cls: type) -> Callable[[Function], Function]:
+    """Give objects of a type a key: a decorator for a function of one object (one row).
+
+    >>> import dataclasses
+    >>> from modcache import register_key_extractor
+    >>> class Clip:
+    ...     def __init__(self, samples, rate):
+    ...         self.samples, self.rate = samples, rate
+    >>> @register_key_extractor(Clip)
+    ... def clip_key(clip):
+    ...     return clip.samples.tobytes(), clip.rate
+
+    The most specific class of an object that has a function wins. The function's code is part of the key, so an
+    edited function never meets the keys of the old one.
+
+    Args:
+        cls: the class; objects of its subclasses are meant too.
+
+    Returns:
+        The decorator. The function must return a bool, int, float, str, bytes, None or a tuple of these.
+
+    Raises:
+        UsageTypeError: ``cls`` is no class (a ``TypeError``).
+    """
+    if not isinstance(cls, type):
+        raise UsageTypeError(f"register_key_extractor(...) takes a class; found {cls!r}")
+
+    def register(function: Function) -> Function:
+        _by_type[cls] = function, callable_digest(function)[0]
+        _resolved.clear()
+        return function
+
+    return register
+
+
+def _find(cls: type) -> tuple[Callable[[Any], object], bytes] | None:
+    try:
+        return _resolved[cls]
+    except KeyError:
+        pass
+    found = None
+    for base in cls.__mro__:
+        found = _by_type.get(base) or _by_name.get(f"{base.__module__}.{base.__qualname__}")
+        if found is not None:
+            break
+    _resolved[cls] = found
+    return found
+
+
+def has_extractor(cls: type) -> bool:
+    """Whether objects of this class have a registered key function."""
+    return _find(cls) is not None
+
+
+def is_row(value: object) -> bool:
+    """Whether an object is a row by itself: a text, bytes, a path, or of a registered type."""
+    cls = type(value)
+    return cls is str or isinstance(value, str | bytes | os.PathLike) or _find(cls) is not None
+
+
+def encode_registered(value: object) -> bytes | None:
+    """The framed key of an object of a registered type, or ``None`` if its type is not registered."""
+    found = _find(type(value))
+    if found is None:
+        return None
+    function, code = found
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    return frame(b"registered", encode(name) + code + checked_key(function(value), f"the key function for {name}"))
+
+
+_ATOMS = (bool, int, float, str, bytes, type(None))
+
+
+def checked_key(value: object, source: str) -> bytes:
+    """The framed bytes of what a key function returned.
+
+    Raises:
+        KeyExtractionError: it is not a bool, int, float, str, bytes, None or a tuple of these, or it is NaN.
+    """
+    cls = type(value)
+    if cls is float and math.isnan(value):  # type: ignore[arg-type]
+        raise KeyExtractionError(f"{source} returned nan, which names no row; return a value that identifies it")
+    if cls in _ATOMS:
+        return encode(value)
+    if cls is tuple:
+        return frame(b"(", b"".join(checked_key(item, source) for item in value))  # type: ignore[attr-defined]
+    raise KeyExtractionError(
+        f"{source} returned a {cls.__module__}.{cls.__qualname__}; a key is a bool, int, float, str, bytes, None or a "
+        "tuple of these (of a tensor, return e.g. int(x) or x.numpy().tobytes())"
+    )
+
+
+# --- known without being imported -----------------------------------------------------------------------
+
+
+def _image_key(image: Any) -> tuple[object, ...]:
+    """All that decoding of a PIL image may depend on: pixels, mode, palette, transparency, orientation, profile."""
+    palette = image.getpalette() if image.mode in ("P", "PA") else None
+    known = {name: image.info[name] for name in ("transparency", "exif", "icc_profile") if name in image.info}
+    return (
+        image.mode,
+        *image.size,
+        digest(image.tobytes()),
+        encode(palette),
+        bytes(image.getexif().tobytes()),
+        encode(sorted(known.items())),
+    )
+
+
+_by_name["PIL.Image.Image"] = _image_key, encode("PIL.Image.Image, 1")

@@ -1,0 +1,240 @@
+"""Rows of token ids whatever their padding: find their lengths, key them unpadded, trim and pad around the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..batch import Batch, Column
+from ..digest import digest, is_readable, memory_of, settled
+from ..rows import Layout, Rows, token_dims_of, with_token_dims
+from .parts import Meta, part_of
+
+__all__ = ["PaddingWatch", "TokenRows", "find_tokens", "fit_tokens", "pad_rows", "token_dims", "token_keys", "token_metas", "unpad_rows"]
+
+_PER_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"})
+"""Arguments whose values beyond a row's length are padding by definition."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Which columns of a batch are per token, and how long each row is.
+
+    Args:
+        lengths: int64, tokens of each row, at least 1.
+        width: the padded length of the batch.
+        paths: paths of the per-token columns, the attention mask among them.
+        mask: path of the attention mask.
+    """
+
+    lengths: np.ndarray
+    width: int
+    paths: tuple[str, ...]
+    mask: str
+
+
+def find_tokens(batch: Batch) -> TokenRows | None:
+    """The token rows of a batch, or ``None`` unless it has ``input_ids`` and a mask that pads on the right."""
+    ids, mask = _named(batch, "input_ids"), _named(batch, "attention_mask")
+    if ids is None or mask is None or ids.value.dim() != 2 or ids.value.shape != mask.value.shape:
+        return None
+    lengths = _right_padded(_array(mask.value))
+    if lengths is None:
+        return None
+    width = int(ids.value.shape[1])
+    paths = tuple(column.path for column in batch.columns if _is_per_token(column, lengths, width))
+    return TokenRows(lengths, width, paths, mask.path)
+
+
+def _named(batch: Batch, name: str) -> Column | None:
+    for column in batch.columns:
+        if _tail(column.path) == name and isinstance(column.value, torch.Tensor) and is_readable(column.value):
+            return column
+    return None
+
+
+def _tail(path: str) -> str:
+    return re.split(r"\.|\['", path)[-1].rstrip("]'")
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """The values of an integer or float tensor of the user as a private array."""
+    return settled(tensor).clone().numpy()
+
+
+def _right_padded(mask: np.ndarray) -> np.ndarray | None:
+    """The length of each row of a mask of ones followed by zeros, or ``None`` if it is another kind of mask."""
+    ones = mask == 1
+    if not mask.shape[1] or not np.array_equal(ones, mask != 0):
+        return None
+    if not ones[:, 0].all() or (ones[:, 1:] > ones[:, :-1]).any():
+        return None
+    return np.count_nonzero(ones, axis=1).astype(np.int64)
+
+
+def _is_per_token(column: Column, lengths: np.ndarray, width: int) -> bool:
+    """Known names, or anything of the batch's width that is zero beyond each row's length: nothing is lost then."""
+    value = column.value
+    if not isinstance(value, torch.Tensor) or not is_readable(value) or value.dim() < 2 or value.shape[1] != width:
+        return False
+    if _tail(column.path) in _PER_TOKEN:
+        return True
+    beyond = torch.arange(width, device="cpu") >= torch.from_numpy(lengths)[:, None]
+    return not bool(settled(value)[beyond].any())
+
+
+# --- keys -----------------------------------------------------------------------------------------------
+
+
+def token_metas(batch: Batch, tokens: TokenRows) -> tuple[Meta, ...]:
+    """What all rows have in common: the padded length is not part of it."""
+    metas: list[Meta] = [("tokens",)]
+    for column in batch.columns:
+        if column.path in tokens.paths:
+            metas.append((column.path, "per token", column.value.dtype, tuple(column.value.shape[2:])))
+        else:
+            metas.append(part_of(column).meta)
+    return tuple(metas)
+
+
+def token_keys(batch: Batch, tokens: TokenRows, seed: int) -> list[bytes]:
+    """One key per row: its unpadded ids, its other per-token values up to its length, and the rest of the row.
+
+    All per-token parts of a row have its length and everything else has a width of its own, so the length of
+    the joined bytes says where each part begins.
+    """
+    held = [
+        settled(column.value).contiguous()
+        for column in batch.columns
+        if column.path in tokens.paths and column.path != tokens.mask
+    ]
+    views = [(memory_of(values), values[0].numel() * values.element_size()) for values in held]
+    rest = [part_of(column).digests(0) for column in batch.columns if column.path not in tokens.paths]
+    keys = []
+    for place, length in enumerate(tokens.lengths.tolist()):
+        pieces: list[bytes | memoryview] = [
+            memory[place * width : place * width + width // tokens.width * length] for memory, width in views
+        ]
+        pieces += [digests[place] for digests in rest]
+        keys.append(digest(pieces[0] if len(pieces) == 1 else b"".join(pieces), seed))
+    return keys
+
+
+# --- around the run -------------------------------------------------------------------------------------
+
+
+def fit_tokens(batch: Batch, tokens: TokenRows, width: int) -> Batch:
+    """The batch with its per-token columns cut, or padded with zeros, to ``width`` tokens."""
+    columns = tuple(
+        dataclasses.replace(column, value=_fitted(column.value, width)) if column.path in tokens.paths else column
+        for column in batch.columns
+    )
+    return dataclasses.replace(batch, columns=columns)
+
+
+def _fitted(value: torch.Tensor, width: int) -> torch.Tensor:
+    if width <= value.shape[1]:
+        return value[:, :width]
+    more = torch.zeros((value.shape[0], width - value.shape[1], *value.shape[2:]), dtype=value.dtype, device=value.device)
+    return torch.cat([value, more], 1)
+
+
+def token_dims(one: Layout, width: int, other: Layout, other_width: int) -> tuple[tuple[int, ...], ...] | None:
+    """The row dimensions of each leaf that are tokens: those that went from one width to the other.
+
+    ``None`` if the two runs do not differ by their widths alone, so that it cannot be told.
+    """
+    if one.tree != other.tree or len(one.leaves) != len(other.leaves):
+        return None
+    found = []
+    for (dtype, shape), (other_dtype, other_shape) in zip(one.leaves, other.leaves, strict=True):
+        if dtype != other_dtype or len(shape) != len(other_shape):
+            return None
+        moved = tuple(dim for dim, (size, new) in enumerate(zip(shape, other_shape, strict=True)) if size != new)
+        if any(shape[dim] != width or other_shape[dim] != other_width for dim in moved):
+            return None
+        found.append(moved)
+    return tuple(found)
+
+
+def unpad_rows(rows: Rows, lengths: np.ndarray, dims: tuple[tuple[int, ...], ...]) -> list[tuple[np.ndarray, Rows]]:
+    """The rows in groups of one length, each cut to it: places and rows. The layouts say which dimensions are tokens."""
+    tree = with_token_dims(rows.layout.tree, dims)
+    groups = []
+    for length in np.unique(lengths).tolist():
+        places = np.flatnonzero(lengths == length)
+        index = torch.from_numpy(places)
+        tensors = tuple(
+            _cut(tensor.index_select(0, index.to(tensor.device)), length, leaf_dims)
+            for tensor, leaf_dims in zip(rows.tensors, dims, strict=True)
+        )
+        leaves = tuple((tensor.dtype, tuple(tensor.shape[1:])) for tensor in tensors)
+        groups.append((places, Rows(Layout(tree, leaves), tensors)))
+    return groups
+
+
+def _cut(tensor: torch.Tensor, length: int, dims: tuple[int, ...]) -> torch.Tensor:
+    for dim in dims:
+        tensor = tensor.narrow(dim + 1, 0, length)
+    return tensor.contiguous()
+
+
+def pad_rows(count: int, width: int, parts: Sequence[tuple[np.ndarray, Rows]]) -> Rows | None:
+    """``count`` rows in order, the token dimensions of every part padded with zeros to ``width``.
+
+    ``None`` if the parts do not agree in everything but the size of those dimensions.
+    """
+    layouts = {_padded(rows.layout, width) for _, rows in parts}
+    if len(layouts) > 1:
+        return None
+    layout = layouts.pop()
+    tensors = []
+    for leaf, (dtype, shape) in enumerate(layout.leaves):
+        device = parts[-1][1].tensors[leaf].device
+        joined = torch.zeros((count, *shape), dtype=dtype, device=device)
+        for places, rows in parts:
+            _place(joined, places, rows.tensors[leaf].to(device))
+        tensors.append(joined)
+    return Rows(layout, tuple(tensors))
+
+
+def _place(joined: torch.Tensor, places: np.ndarray, values: torch.Tensor) -> None:
+    region = joined
+    for dim, size in enumerate(values.shape[1:], start=1):
+        region = region.narrow(dim, 0, size)
+    region[torch.from_numpy(places).to(joined.device)] = values
+
+
+def _padded(layout: Layout, width: int) -> Layout:
+    leaves = tuple(
+        (dtype, tuple(width if dim in dims else size for dim, size in enumerate(shape)))
+        for (dtype, shape), dims in zip(layout.leaves, token_dims_of(layout.tree), strict=True)
+    )
+    return Layout(layout.tree, leaves)
+
+
+# --- noticing that the option would help ----------------------------------------------------------------
+
+_WATCHED = 512
+
+
+class PaddingWatch:
+    """Notices that rows which miss are stored already, with another padding; looks at a few hundred rows."""
+
+    def __init__(self) -> None:
+        self._widths: dict[bytes, int] = {}
+
+    def notices(self, batch: Batch, places: Sequence[int]) -> bool:
+        """Whether one of these computed rows was computed before at another padded length."""
+        if len(self._widths) >= _WATCHED:
+            return False
+        tokens = find_tokens(batch)
+        if tokens is None:
+            return False
+        keys = token_keys(batch, tokens, 0)
+        return any(self._widths.setdefault(keys[place], tokens.width) != tokens.width for place in places)

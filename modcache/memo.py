@@ -1,0 +1,190 @@
+"""What all calls of one cached module share: options, store, counts, and what the self-checks found."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .batch import Batch
+from .explain import Memory
+from .keys import Extractor, Keyed
+from .keys.tokens import PaddingWatch
+from .notices import log, warn
+from .rows import Rows
+from .stats import CallHook, CallReport, Counters, Stats
+from .stores import Found, Store
+
+__all__ = ["Bypass", "Form", "Memo", "Options"]
+
+_NOTHING = object()
+
+Form = tuple[object, ...]
+"""What a self-check is valid for: names, kinds, dtypes and ranks of the arguments, and the flags among the shared."""
+
+TokenDims = tuple[tuple[int, ...], ...]
+
+
+class Bypass(Exception):
+    """This call is to be run as if uncached.
+
+    Args:
+        reason: a few words, under which it is counted.
+        advice: what to say once, or ``None`` to say nothing.
+        output: what the module gave on the whole call, if it ran already.
+    """
+
+    def __init__(self, reason: str, advice: str | None = None, output: object = _NOTHING) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.advice = advice
+        self.output = output
+
+    @property
+    def ran(self) -> bool:
+        """Whether the module ran on the whole call already."""
+        return self.output is not _NOTHING
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a module is cached (see `cached_module`)."""
+
+    extractor: Extractor = field(default_factory=Extractor)
+    prepare: Callable[..., Any] | None = None
+    broadcast: frozenset[str] = frozenset()
+    per_row: bool = True
+    verify: float = 0.0
+
+
+class Memo:
+    """What all calls of one cached module share; safe in threads.
+
+    Args:
+        name: the class name of the module, for messages.
+        options: how it is cached.
+        store: where its rows lie.
+    """
+
+    def __init__(self, name: str, options: Options, store: Store) -> None:
+        self.name = name
+        self.options = options
+        self.store = store
+        self.memory = Memory()
+        self.padding = PaddingWatch()
+        self.hooks: dict[int, CallHook] = {}
+        self._counters = Counters()
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+        self._passed: dict[tuple[str, Form], TokenDims] = {}
+        self._blocked: dict[Form, str] = {}
+        self._unchecked: dict[tuple[str, Form], list[bytes]] = {}
+        self._moved = 0
+
+    # --- what was found out about calls of a form
+
+    def blocked(self, form: Form) -> str | None:
+        """Why calls of this form are bypassed for good, if they are."""
+        return self._blocked.get(form) if self._blocked else None
+
+    def block(self, form: Form, reason: str) -> None:
+        """Bypass calls of this form from now on, and drop what they stored unchecked."""
+        with self._lock:
+            self._blocked[form] = reason
+            dropped = [(key, self._unchecked.pop(key)) for key in list(self._unchecked) if key[1] == form]
+        for (namespace, _), keys in dropped:
+            self.delete(namespace, keys)
+
+    def passed(self, namespace: str, form: Form) -> TokenDims | None:
+        """The token dimensions of the outputs (mostly none) once a self-check passed, else ``None``."""
+        return self._passed.get((namespace, form))
+
+    def let_pass(self, namespace: str, form: Form, dims: TokenDims) -> None:
+        """Calls of this form may serve and store rows of this namespace from now on."""
+        with self._lock:
+            self._passed[namespace, form] = dims
+            self._unchecked.pop((namespace, form), None)
+
+    def note_unchecked(self, namespace: str, form: Form, keys: Sequence[bytes]) -> None:
+        """Rows were stored although nothing could be checked with them; a failing check drops them."""
+        with self._lock:
+            self._unchecked.setdefault((namespace, form), []).extend(keys)
+
+    def note_moved(self) -> bool:
+        """A forward moved weights; whether that has happened too often in a row."""
+        self._moved += 1
+        return self._moved >= 3
+
+    def note_still(self) -> None:
+        """A forward left the weights alone."""
+        self._moved = 0
+
+    # --- the store, which may fail without breaking the loop
+
+    def get(self, namespace: str, keys: Sequence[bytes]) -> tuple[Found, ...]:
+        """What the store has of these rows; nothing if it fails."""
+        try:
+            return self.store.get(namespace, keys)
+        except Exception as error:
+            self._store_failed("reading", error)
+            return ()
+
+    def put(self, namespace: str, keys: Sequence[bytes], rows: Rows) -> None:
+        """Hand rows to the store; the run goes on if it fails."""
+        try:
+            self.store.put(namespace, keys, rows)
+        except Exception as error:
+            self._store_failed("writing", error)
+
+    def delete(self, namespace: str, keys: Sequence[bytes] | None = None) -> None:
+        """Drop rows from the store; the run goes on if it fails."""
+        try:
+            self.store.delete(namespace, keys)
+        except Exception as error:
+            self._store_failed("deleting", error)
+
+    def _store_failed(self, doing: str, error: Exception) -> None:
+        self.say(
+            f"the store fails {doing}",
+            f"its store raised {type(error).__name__} while {doing} rows ({error}); rows are computed where it cannot "
+            "serve them. Repair the store, or wrap the module with another one.",
+        )
+
+    # --- telling
+
+    def say(self, reason: str, advice: str) -> None:
+        """Warn about something once."""
+        with self._lock:
+            if reason in self._said:
+                return
+            self._said.add(reason)
+        warn(f"modcache, {self.name}: {advice}")
+
+    def report(self, report: CallReport) -> None:
+        """Count a call and tell whoever listens."""
+        self._counters.add(report)
+        for hook in tuple(self.hooks.values()):
+            hook(report)
+        log.debug("%s", report)
+
+    def stats(self) -> Stats:
+        """What was counted so far."""
+        return self._counters.snapshot(self.store.stats().bytes)
+
+    # --- forms
+
+    def form(self, keyed: Keyed, batch: Batch) -> Form:
+        """What a self-check of this call is valid for."""
+        if not batch.shared:
+            return tuple(map(_without_sizes, keyed.metas))
+        shared = tuple((path, type(value), value if type(value) in _FLAGS else None) for path, value in batch.shared)
+        return (*map(_without_sizes, keyed.metas), shared)
+
+
+_FLAGS = frozenset({bool, int, str, type(None)})
+
+
+def _without_sizes(meta: tuple[object, ...]) -> tuple[object, ...]:
+    last = meta[-1]
+    return (*meta[:-1], len(last)) if type(last) is tuple else meta

@@ -1,0 +1,123 @@
+"""The one switch for all cached modules of the process, and the keys that a caller hands to nested ones."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from .errors import UsageError, UsageTypeError
+
+__all__ = ["MODES", "GivenKeys", "current_mode", "given_keys", "keys_for", "mode"]
+
+MODES = ("read-write", "read-only", "refresh", "require-hit", "off")
+
+
+def _checked(name: object, source: str) -> str:
+    if not isinstance(name, str):
+        raise UsageTypeError(f"{source} must be one of {', '.join(map(repr, MODES))}; found a {type(name).__name__}")
+    if name not in MODES:
+        raise UsageError(f"{source} must be one of {', '.join(map(repr, MODES))}; found {name!r}")
+    return name
+
+
+_mode = _checked(os.environ.get("MODCACHE_MODE", "read-write"), "the environment variable MODCACHE_MODE")
+
+
+def current_mode() -> str:
+    """The mode that all cached modules of this process are in."""
+    return _mode
+
+
+class mode(contextlib.AbstractContextManager["mode"]):  # noqa: N801 - used like a function, as `torch.no_grad` is
+    """Switch what all cached modules of this process do, at once; as a context manager, until its end.
+
+    >>> with mode("off"):
+    ...     pass  # modules run as if they were not cached
+
+    Args:
+        name: ``"read-write"`` (the default) serves stored rows and stores computed ones;
+            ``"read-only"`` stores nothing; ``"refresh"`` computes every row and overwrites what is stored;
+            ``"require-hit"`` raises `CacheMissError` instead of computing; ``"off"`` runs modules uncached.
+
+    Raises:
+        UsageError: the name is none of these (a ``ValueError``).
+
+    The environment variable ``MODCACHE_MODE`` sets the mode that a process starts in.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _mode
+        self._name = _checked(name, "mode(...)")
+        self._before = _mode
+        _mode = self._name
+
+    def __enter__(self) -> mode:
+        global _mode
+        _mode = self._name
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _mode
+        _mode = self._before
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GivenKeys:
+    """Keys for the rows of every cached module that runs inside `keys_for`.
+
+    Args:
+        keys: one per row.
+        calls: how often each module was called so far; a second call of one module is about other inputs,
+            so its number goes into the key.
+    """
+
+    keys: object
+    calls: dict[int, int] = field(default_factory=dict)
+
+    def number(self, module: int) -> int:
+        """The number of this call of the module inside the block, from 0."""
+        number = self.calls.get(module, 0)
+        self.calls[module] = number + 1
+        return number
+
+
+_given: contextvars.ContextVar[GivenKeys | None] = contextvars.ContextVar("modcache_keys", default=None)
+
+
+def given_keys() -> GivenKeys | None:
+    """What `keys_for` gave to the running block, if anything."""
+    return _given.get()
+
+
+@contextlib.contextmanager
+def keys_for(ids: object) -> Iterator[None]:
+    """Give keys to the cached modules nested in a model, which cannot be handed ``cache_keys=`` directly.
+
+    >>> import torch
+    >>> from modcache import cached_module, cache_of
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)).requires_grad_(False)
+    >>> _ = cached_module(model[0])
+    >>> batch, ids = torch.randn(4, 2), torch.tensor([3, 1, 4, 15])
+    >>> for epoch in range(2):
+    ...     with keys_for(ids):
+    ...         scores = model(batch)
+    >>> cache_of(model[0]).stats.hits
+    4
+
+    Args:
+        ids: one key per row: ints, strings, bytes, tuples of these, a 1-D integer tensor or array, or a tuple of such.
+
+    A module that is called several times in one block (two towers that share an encoder) has other rows each time,
+    so the number of the call is part of the key.
+    """
+    token = _given.set(GivenKeys(ids))
+    try:
+        yield
+    finally:
+        _given.reset(token)

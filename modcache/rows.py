@@ -1,0 +1,403 @@
+"""Turn the output of a call into rows, and rows back into an output."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = [
+    "SINGLE",
+    "Layout",
+    "NotRowsError",
+    "Rows",
+    "UnknownClassError",
+    "bytes_of",
+    "join_rows",
+    "rows_of",
+    "tensor_of",
+    "token_dims_of",
+    "tree_of",
+    "with_token_dims",
+]
+
+SINGLE = "{}"
+"""The tree of an output that is one tensor."""
+
+Leaf = tuple[torch.dtype, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The dtypes and shapes of a record, and how its tensors form the output.
+
+    Args:
+        tree: the structure of the output as JSON text; `SINGLE` is a tensor and nothing else.
+        leaves: dtype and shape (without the row dimension) of each tensor, in the order of the tree.
+    """
+
+    tree: str
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def leaf_bytes(self) -> tuple[int, ...]:
+        """The bytes of one row in each tensor."""
+        return tuple(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.leaves)
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one record."""
+        return sum(self.leaf_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Records of one layout, stacked: each tensor is ``(n, *shape)``, contiguous and detached."""
+
+    layout: Layout
+    tensors: tuple[torch.Tensor, ...]
+
+    def take(self, places: Sequence[int]) -> Rows:
+        """The rows at these places, as new memory."""
+        return Rows(self.layout, tuple(_take(tensor, places) for tensor in self.tensors))
+
+
+class NotRowsError(Exception):
+    """An output cannot be parted into rows; the message names the leaf and what it is."""
+
+
+class UnknownClassError(Exception):
+    """A stored output is of a class that this process has not seen; the record counts as missing."""
+
+
+def _take(tensor: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    index = torch.tensor(places, dtype=torch.int64, device=tensor.device)
+    return tensor[index]
+
+
+# --- bytes of tensors -----------------------------------------------------------------------------------
+
+_NUMPY = {
+    dtype: torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
+    for dtype in (
+        torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+        torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128,
+    )
+}  # fmt: skip
+
+
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """The rows of a CPU tensor of our own as a byte matrix ``(n, row bytes)``; not for a user's tensor.
+
+    (``.numpy()`` forbids a storage to be resized; see `modcache.digest.memory_of` for those.)
+    """
+    count = tensor.shape[0]
+    if tensor.numel() == 0:
+        return np.empty((count, 0), np.uint8)
+    return tensor.contiguous().view(count, -1).view(torch.uint8).numpy()
+
+
+def tensor_of(matrix: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A fresh byte matrix ``(n, row bytes)`` as the tensor ``(n, *shape)`` that owns it."""
+    count = len(matrix)
+    if matrix.size == 0:
+        return torch.empty((count, *shape), dtype=dtype, device="cpu")
+    known = _NUMPY.get(dtype)
+    if known is not None:
+        return torch.from_numpy(matrix.view(known).reshape(count, *shape))
+    # numpy has no bfloat16 or float8; detaching keeps autograd from seeing a view of another dtype.
+    return torch.from_numpy(matrix).view(dtype).reshape(count, *shape).detach()
+
+
+def join_rows(count: int, parts: Sequence[tuple[np.ndarray, Rows]]) -> Rows:
+    """``count`` rows in order, each place filled from the part that names it (one layout for all)."""
+    layout = parts[0][1].layout
+    return Rows(
+        layout,
+        tuple(
+            _scatter(count, [(places, rows.tensors[leaf]) for places, rows in parts], *layout.leaves[leaf])
+            for leaf in range(len(layout.leaves))
+        ),
+    )
+
+
+def _scatter(
+    count: int, parts: Sequence[tuple[np.ndarray, torch.Tensor]], dtype: torch.dtype, shape: tuple[int, ...]
+) -> torch.Tensor:
+    device = parts[-1][1].device
+    if device.type == "cpu":
+        matrix = np.empty((count, dtype.itemsize * torch.Size(shape).numel()), np.uint8)
+        for places, tensor in parts:
+            matrix[places] = bytes_of(tensor.cpu())
+        return tensor_of(matrix, dtype, shape)
+    joined = torch.empty((count, *shape), dtype=dtype, device=device)
+    for places, tensor in parts:
+        joined[torch.from_numpy(places).to(device)] = tensor.to(device)
+    return joined
+
+
+# --- the tree of an output ------------------------------------------------------------------------------
+# Nodes are JSON. An object is a tensor: {} on the call's device, {"on": "cpu"} where the module leaves it on the CPU
+# whatever the device, {"tokens": dims} where row dimensions are tokens. A list is ["kind", ...]. A class is named,
+# never executed: it must already be known to the process.
+
+Node = Any  # what json.loads gives
+
+_classes: dict[tuple[str, str], type] = {}
+
+
+def rows_of(output: object, count: int | None, home: torch.device) -> Rows:
+    """The output of a call on ``count`` rows as stacked rows in private memory.
+
+    Args:
+        output: a tensor or a tree of them (tuple, list, dict, namedtuple, dataclass, ``ModelOutput``).
+        count: the number of rows, which the first size of every tensor must be; ``None`` takes the whole output
+            as one row.
+        home: the device on which the call's outputs are expected; a tensor elsewhere must be on the CPU.
+
+    Raises:
+        NotRowsError: naming the leaf that is not one row per input.
+    """
+    found: list[torch.Tensor] = []
+    node = _part(output, "output", count, home, found)
+    tensors = tuple(_private(tensor if count is not None else tensor[None]) for tensor in found)
+    leaves = tuple((tensor.dtype, tuple(tensor.shape[1:])) for tensor in tensors)
+    return Rows(Layout(_dump(node), leaves), tensors)
+
+
+def _dump(node: Node) -> str:
+    return json.dumps(node, separators=(",", ":"))
+
+
+def _private(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy: what a module returns may alias its input, a buffer, or a stash of its own."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _part(value: object, path: str, count: int | None, home: torch.device, found: list[torch.Tensor]) -> Node:
+    if isinstance(value, torch.Tensor):
+        found.append(_checked_leaf(value, path, count, home))
+        return {} if value.device == home else {"on": "cpu"}
+    constant = _constant(value)
+    if constant is not None:
+        return constant
+    cls = type(value)
+    if cls is tuple or cls is list:
+        items = [_part(item, f"{path}[{place}]", count, home, found) for place, item in enumerate(value)]  # type: ignore[arg-type, var-annotated]
+        return [cls.__name__, items]
+    if (kind := _mapping_kind(cls)) is not None:
+        pairs = [
+            [_key(key, path), _part(item, f"{path}[{key!r}]", count, home, found)]
+            for key, item in value.items()  # type: ignore[attr-defined]
+        ]
+        return [kind, *_named(cls), pairs]
+    if (names := _field_names(value)) is not None:
+        pairs = [[name, _part(getattr(value, name), f"{path}.{name}", count, home, found)] for name in names]
+        return ["named" if isinstance(value, tuple) else "data", *_named(cls), pairs]
+    raise NotRowsError(f"{path} is a {cls.__module__}.{cls.__qualname__}, which cannot be stored")
+
+
+def _checked_leaf(tensor: torch.Tensor, path: str, count: int | None, home: torch.device) -> torch.Tensor:
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    if not plain or tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        raise NotRowsError(f"{path} is a {type(tensor).__name__} ({tensor.layout}, {tensor.device}), not a dense tensor")
+    if count is not None and (tensor.dim() == 0 or tensor.shape[0] != count):
+        raise NotRowsError(
+            f"{path} has shape {tuple(tensor.shape)}, whose first size is not the number of rows ({count})"
+        )
+    if tensor.device not in (home, torch.device("cpu")):
+        raise NotRowsError(f"{path} is on {tensor.device}, neither on {home} (the call's device) nor on the CPU")
+    return tensor
+
+
+def _constant(value: object) -> Node | None:
+    """The node of a value that is the same for all rows; numbers are written so that no bit is lost."""
+    cls = type(value)
+    if value is None:
+        return ["none"]
+    if cls is bool:
+        return ["bool", value]
+    if cls is int:
+        return ["int", hex(value)]  # type: ignore[call-overload]
+    if cls is float:
+        return ["float", value.hex()]  # type: ignore[attr-defined]
+    if cls is str:
+        return ["str", value]
+    return None
+
+
+def _key(key: object, path: str) -> Node:
+    constant = _constant(key)
+    if constant is None or isinstance(key, float):
+        raise NotRowsError(f"{path} has the key {key!r}, which is no text, whole number, bool or None")
+    return constant
+
+
+def _mapping_kind(cls: type) -> str | None:
+    if cls is dict or cls is OrderedDict:
+        return "dict"
+    # transformers' ModelOutput and diffusers' BaseOutput: an OrderedDict that is a dataclass as well.
+    return "output" if issubclass(cls, OrderedDict) and dataclasses.is_dataclass(cls) else None
+
+
+def _field_names(value: object) -> tuple[str, ...] | None:
+    cls = type(value)
+    if isinstance(value, tuple) and hasattr(cls, "_fields"):
+        return tuple(cls._fields)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return tuple(field.name for field in dataclasses.fields(value))
+    return None
+
+
+def _named(cls: type) -> tuple[str, str]:
+    name = cls.__module__, cls.__qualname__
+    _classes[name] = cls
+    return name
+
+
+def with_token_dims(tree: str, dims: Sequence[tuple[int, ...]]) -> str:
+    """The tree with the token dimensions of each of its tensors written at its leaf."""
+    if not any(dims):
+        return tree
+    node = json.loads(tree)
+    for leaf, own in zip(_leaf_nodes(node), dims, strict=True):
+        if own:
+            leaf["tokens"] = list(own)
+    return _dump(node)
+
+
+@functools.lru_cache(maxsize=1024)
+def token_dims_of(tree: str) -> tuple[tuple[int, ...], ...]:
+    """The token dimensions of each tensor of a tree, in its order."""
+    return tuple(tuple(leaf.get("tokens", ())) for leaf in _leaf_nodes(json.loads(tree)))
+
+
+def _leaf_nodes(node: Node) -> list[dict[str, Any]]:
+    if isinstance(node, dict):
+        return [node]
+    return [leaf for item in node for leaf in _leaf_nodes(item)] if isinstance(node, list) else []
+
+
+# --- building an output ---------------------------------------------------------------------------------
+
+Builder = Callable[[list[torch.Tensor], torch.device], object]
+
+
+def tree_of(rows: Rows, home: torch.device, *, whole: bool = False) -> object:
+    """Build the output that the module would have returned from its rows, on its device.
+
+    Args:
+        rows: the rows of the call.
+        home: the device of the call's outputs.
+        whole: there is one row, and it is the whole output.
+
+    Raises:
+        UnknownClassError: the output was of a class that is not loaded in this process.
+    """
+    if whole:
+        rows = Rows(rows.layout, tuple(tensor.squeeze(0) for tensor in rows.tensors))
+    if rows.layout.tree == SINGLE:
+        tensor = rows.tensors[0]
+        return tensor if tensor.device == home else tensor.to(home)
+    return _builder(rows.layout.tree)(list(reversed(rows.tensors)), home)
+
+
+def _builder(tree: str) -> Builder:
+    try:
+        return _parsed(tree)
+    except UnknownClassError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise UnknownClassError(f"the structure of a stored output cannot be read: {error}") from None
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(tree: str) -> Builder:
+    return _build(json.loads(tree))
+
+
+def _to_home(tensors: list[torch.Tensor], home: torch.device) -> torch.Tensor:
+    return tensors.pop().to(home)
+
+
+def _to_cpu(tensors: list[torch.Tensor], home: torch.device) -> torch.Tensor:
+    return tensors.pop().cpu()
+
+
+def _build(node: Node) -> Builder:
+    if isinstance(node, dict):
+        return _to_cpu if node.get("on") == "cpu" else _to_home
+    kind, *rest = node
+    if kind in _CONSTANTS:
+        constant = _CONSTANTS[kind](*rest)
+        return lambda tensors, home: constant
+    if kind in ("tuple", "list"):
+        items = [_build(item) for item in rest[0]]
+        make = tuple if kind == "tuple" else list
+        return lambda tensors, home: make(item(tensors, home) for item in items)
+    module, qualname, pairs = rest
+    cls = _class(kind, module, qualname)
+    if kind == "dict":
+        entries = [(_build(key)([], _CPU), _build(item)) for key, item in pairs]
+        return lambda tensors, home: cls((key, item(tensors, home)) for key, item in entries)
+    names = [name if kind != "output" else _build(name)([], _CPU) for name, _ in pairs]
+    fields = [_build(item) for _, item in pairs]
+    construct = {"data": _fill, "named": _fill_tuple, "output": _call}[kind]
+    return lambda tensors, home: construct(
+        cls, {str(name): field(tensors, home) for name, field in zip(names, fields, strict=True)}
+    )
+
+
+_CPU = torch.device("cpu")
+
+_CONSTANTS: dict[str, Callable[..., object]] = {
+    "none": lambda: None,
+    "bool": bool,
+    "int": lambda text: int(text, 16),
+    "float": float.fromhex,
+    "str": str,
+}
+
+
+def _call(cls: type, fields: dict[str, object]) -> object:
+    return cls(**fields)
+
+
+def _fill_tuple(cls: type, fields: dict[str, object]) -> object:
+    return tuple.__new__(cls, fields.values())
+
+
+def _fill(cls: type, fields: dict[str, object]) -> object:
+    """A dataclass with these fields; ``__init__`` is not asked, it may compute or refuse fields."""
+    made = object.__new__(cls)
+    for name, value in fields.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def _class(kind: str, module: str, qualname: str) -> type:
+    """The class of that name, if this process has it already and it is of that kind; nothing is imported."""
+    found: object = _classes.get((module, qualname))
+    if found is None:
+        found = sys.modules.get(module)
+        for name in qualname.split("."):
+            found = getattr(found, name, None)
+    if not isinstance(found, type) or not _is_kind(found, kind):
+        raise UnknownClassError(f"the output class {module}.{qualname} is not loaded in this process")
+    return found
+
+
+def _is_kind(cls: type, kind: str) -> bool:
+    if kind == "named":
+        return issubclass(cls, tuple) and hasattr(cls, "_fields")
+    if kind == "data":
+        return dataclasses.is_dataclass(cls)
+    return _mapping_kind(cls) == kind

@@ -1,0 +1,163 @@
+"""Count what calls did, and show it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Protocol
+
+__all__ = ["CallHook", "CallReport", "Counters", "Seconds", "Stats"]
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Where the time of calls went.
+
+    Args:
+        keys: splitting the call and making keys.
+        lookup: asking the store, gathering its rows.
+        computing: the module itself, on missing rows.
+        storing: handing computed rows to the store.
+    """
+
+    keys: float = 0.0
+    lookup: float = 0.0
+    computing: float = 0.0
+    storing: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CallReport:
+    """What one call of a cached module did.
+
+    Args:
+        module: the class name of the module.
+        namespace: where its rows lie, if the call got that far.
+        rows: rows of the call; each was a hit, computed or bypassed.
+        hits: rows that were stored (or were twins of a row computed in this call).
+        computed: rows that the module computed and the cache kept an eye on.
+        bypassed: rows that were run as if uncached.
+        reason: why rows were bypassed, in a few words.
+        seconds: where the time went.
+    """
+
+    module: str
+    namespace: str | None
+    rows: int
+    hits: int = 0
+    computed: int = 0
+    bypassed: int = 0
+    reason: str | None = None
+    seconds: Seconds = Seconds()
+
+
+class CallHook(Protocol):
+    """Receives a frozen report after each call; see ``cache_of(module).add_hook``."""
+
+    def __call__(self, report: CallReport, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a cached module did so far; prints as a small table.
+
+    >>> print(Stats(calls=2, rows=8, hits=4, computed=4))  # doctest: +ELLIPSIS
+    rows        8  in 2 calls
+    hits        4  50.0 %
+    computed    4...
+
+    Args:
+        calls: calls counted.
+        rows: rows of all calls: hits + computed + bypassed.
+        hits: rows served from the store (or twins of a row computed in the same call).
+        computed: rows computed, and stored where the store had room.
+        bypassed: rows run as if uncached.
+        reasons: bypassed rows by reason.
+        bytes: bytes that the store holds for all its modules.
+        seconds: where the time went.
+        seconds_saved: hits times the mean time to compute a row, less the time spent on keys, look-up and storing.
+    """
+
+    calls: int = 0
+    rows: int = 0
+    hits: int = 0
+    computed: int = 0
+    bypassed: int = 0
+    reasons: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    bytes: int = 0
+    seconds: Seconds = Seconds()
+    seconds_saved: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits as a share of all rows, 0.0 before the first."""
+        return self.hits / self.rows if self.rows else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"rows       {self.rows:>{(width := max(len(str(self.rows)), 2))}}  in {self.calls} calls",
+            f"hits       {self.hits:>{width}}  {self.hit_rate:.1%}".replace("%", " %"),
+            f"computed   {self.computed:>{width}}",
+            f"bypassed   {self.bypassed:>{width}}",
+            *(f"           {count:>{width}}  {reason}" for reason, count in self.reasons.items()),
+            f"held       {_readable_bytes(self.bytes)}",
+            f"seconds    keys {self.seconds.keys:.3f}, look-up {self.seconds.lookup:.3f}, "
+            f"computing {self.seconds.computing:.3f}, storing {self.seconds.storing:.3f}",
+            f"saved      {self.seconds_saved:.3f} s",
+        ]
+        return "\n".join(lines)
+
+
+def _readable_bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+class Counters:
+    """Adds up the reports of a module's calls; safe in threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls = self._rows = self._hits = self._computed = self._bypassed = 0
+        self._reasons: Counter[str] = Counter()
+        self._keys = self._lookup = self._computing = self._storing = 0.0
+
+    def add(self, report: CallReport) -> None:
+        """Count one call."""
+        with self._lock:
+            self._calls += 1
+            self._rows += report.rows
+            self._hits += report.hits
+            self._computed += report.computed
+            self._bypassed += report.bypassed
+            if report.reason is not None:
+                self._reasons[report.reason] += report.bypassed
+            seconds = report.seconds
+            self._keys += seconds.keys
+            self._lookup += seconds.lookup
+            self._computing += seconds.computing
+            self._storing += seconds.storing
+
+    def snapshot(self, held: int) -> Stats:
+        """What was counted so far, with the bytes that the store holds."""
+        with self._lock:
+            per_row = self._computing / self._computed if self._computed else 0.0
+            spent = self._keys + self._lookup + self._storing
+            return Stats(
+                calls=self._calls,
+                rows=self._rows,
+                hits=self._hits,
+                computed=self._computed,
+                bypassed=self._bypassed,
+                reasons=MappingProxyType(dict(self._reasons)),
+                bytes=held,
+                seconds=Seconds(self._keys, self._lookup, self._computing, self._storing),
+                seconds_saved=max(self._hits * per_row - spent, 0.0) if per_row else 0.0,
+            )

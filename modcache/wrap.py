@@ -1,0 +1,300 @@
+"""Wrap a module or a class so that its forward is cached; ask, undo, see through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+
+from .attached import Attached, Before, Requested
+from .classes import ATTACHED, attached_to, cached_class, decorated_class, original_class
+from .errors import LayeredError, NotCachedError, UsageError, UsageTypeError
+from .handle import Cache
+from .keys import extractor_of
+from .notices import warn
+from .stores import Store
+
+__all__ = ["cache_of", "cached_module", "is_cached", "uncached"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@overload
+def cached_module(module: M, /, **options: Any) -> M: ...
+@overload
+def cached_module(module: type[M], /, **options: Any) -> type[M]: ...
+@overload
+def cached_module(module: None = None, /, **options: Any) -> Callable[[type[M]], type[M]]: ...
+def cached_module(
+    module: Any = None,
+    /,
+    *,
+    key: Any = None,
+    store: Any = None,
+    prepare: Callable[..., Any] | None = None,
+    broadcast: str | Iterable[str] = (),
+    per_row: bool = True,
+    version: str | None = None,
+    freeze: bool = False,
+    verify: float = 0.0,
+) -> Any:
+    """Run a frozen module once per distinct row: the same module, whose forward serves rows that it computed before.
+
+    >>> import torch
+    >>> from modcache import cached_module, cache_of
+    >>> encoder = cached_module(torch.nn.Linear(3, 2), freeze=True)
+    >>> batch = torch.eye(3)
+    >>> first, second = encoder(batch), encoder(batch)
+    >>> torch.equal(first, second), cache_of(encoder).stats.hits
+    (True, 3)
+
+    An instance is converted in place and returned; it stays an instance of its class, with the same parameters,
+    ``state_dict``, hooks and signature, and `uncached` undoes it. A class, decorated with or without parentheses, gives
+    a subclass of the same name whose instances are cached.
+
+    A hit is what the module as it is now would give for this row: weights, code, configuration and autocast are part
+    of what is looked up, and a call that cannot be cached rightly is run as if uncached, with one `CacheWarning`. The
+    one exception: a sparse write behind autograd's back (``p.data[5] = v``, through numpy) may be noticed late;
+    ``cache_of(module).recheck()`` looks at all weights, ``verify=`` samples.
+
+    Args:
+        module: an ``nn.Module``, or a class of them.
+        key: what names a row: ``None`` (by type), ``"text"``, ``"path"``, ``"tensor"``, ``"tokens"``, an extractor
+            from `modcache.keys`, or a function of a row that returns a bool, int, float, str, bytes, None or a tuple
+            of these. Arguments that an extractor does not read stay in the key.
+        store: ``None`` for a `MemoryStore` of its own, or a store, which may serve many modules.
+        prepare: turns rows into inputs of the module, for the missing rows only: gets the arguments of the call with
+            these rows; returns a tuple (positional), a mapping (keywords) or one argument.
+        broadcast: names of arguments that are the same for all rows although their first size may be the batch's.
+        per_row: ``False`` stores one record per call, for modules without a batch dimension.
+        version: a text that is added to the namespace; it also stands for weights that cannot be read.
+        freeze: switch off gradients of all parameters and keep the module in eval mode, also when a parent trains.
+        verify: the share of hits that is recomputed and compared, from 0.0 to 1.0.
+
+    A wrapped module takes one more keyword, ``cache_keys=``: one key per row, instead of a digest of the row.
+
+    Returns:
+        The module, the class, or with options alone a decorator.
+
+    Raises:
+        UsageTypeError: not a module, a ``ScriptModule``, or an option of a wrong type (a ``TypeError``).
+        UsageError: an option that cannot be right, or a wrapped module wrapped again with other options (a
+            ``ValueError``).
+    """
+    given = dict(
+        key=key, store=store, prepare=prepare, broadcast=broadcast, per_row=per_row, version=version, freeze=freeze,
+        verify=verify,
+    )  # fmt: skip
+    asked = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
+    requested = _requested(**given)
+    if module is None:
+        return lambda cls: _wrapped(cls, requested, asked)
+    return _wrapped(module, requested, asked)
+
+
+_DEFAULTS: dict[str, Any] = {
+    "key": None, "store": None, "prepare": None, "broadcast": (), "per_row": True, "version": None, "freeze": False,
+    "verify": 0.0,
+}  # fmt: skip
+
+
+def _wrapped(module: Any, requested: Requested, asked: dict[str, Any]) -> Any:
+    if isinstance(module, type):
+        if not issubclass(module, nn.Module):
+            raise UsageTypeError(f"cached_module(...) takes an nn.Module or a class of them; found the class {module!r}")
+        return _wrap_class(module, requested)
+    if not isinstance(module, nn.Module):
+        raise UsageTypeError(f"cached_module(...) takes an nn.Module or a class of them; found {module!r}")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UsageTypeError(
+            f"cached_module(...) cannot wrap a ScriptModule ({type(module).__name__}): its forward is compiled code. "
+            "Wrap the module before it is scripted, or put it into a plain nn.Module."
+        )
+    if is_cached(module):
+        return _wrapped_again(module, requested, asked)
+    return _wrap_instance(module, requested)
+
+
+def _requested(*, key: Any, store: Any, prepare: Any, broadcast: Any, per_row: Any, version: Any, freeze: Any, verify: Any) -> Requested:
+    """The options, checked.
+
+    Raises:
+        UsageError, UsageTypeError: naming the option, what it takes, and what was found.
+    """
+    extractor_of(key)
+    if store is not None and not isinstance(store, Store):
+        raise UsageTypeError(f"store must be None, or a store such as MemoryStore(...); found {store!r}")
+    if prepare is not None and not callable(prepare):
+        raise UsageTypeError(f"prepare must be a function of rows that returns inputs of the module; found {prepare!r}")
+    names = (broadcast,) if isinstance(broadcast, str) else tuple(broadcast) if isinstance(broadcast, Iterable) else (None,)
+    if not all(isinstance(name, str) for name in names):
+        raise UsageTypeError(f"broadcast must be names of arguments; found {broadcast!r}")
+    if version is not None and not isinstance(version, str):
+        raise UsageTypeError(f"version must be a text or None; found {version!r}")
+    for name, value in (("per_row", per_row), ("freeze", freeze)):
+        if not isinstance(value, bool):
+            raise UsageTypeError(f"{name} must be True or False; found {value!r}")
+    if isinstance(verify, bool) or not isinstance(verify, int | float):
+        raise UsageTypeError(f"verify must be a share from 0.0 to 1.0; found {verify!r}")
+    if not 0.0 <= verify <= 1.0:
+        raise UsageError(f"verify must be a share from 0.0 to 1.0; found {verify!r}")
+    return Requested(key, store, prepare, frozenset(names), per_row, version, freeze, float(verify))
+
+
+def _wrap_instance(module: nn.Module, requested: Requested) -> nn.Module:
+    cls = type(module)
+    inside = module.__dict__.pop("forward", None)  # compiled or hooked by accelerate: it goes inside
+    attached = Attached(cls.__name__, requested, cls.forward, inside)
+    module.__class__ = cached_class(cls)
+    module.__dict__[ATTACHED] = attached
+    _ready(module, attached)
+    return module
+
+
+def _wrap_class(cls: type[nn.Module], requested: Requested) -> type[nn.Module]:
+    if is_cached(cls):
+        raise UsageError(f"the class {cls.__name__} is cached already; cached_module(...) takes a class once")
+
+    def attach(module: nn.Module) -> Attached:
+        attached = Attached(cls.__name__, requested, cls.forward)
+        module.__dict__[ATTACHED] = attached
+        _ready(module, attached)
+        return attached
+
+    return decorated_class(cls, attach)
+
+
+def _wrapped_again(module: nn.Module, requested: Requested, asked: dict[str, Any]) -> nn.Module:
+    before = attached_to(module).requested
+    if asked and requested != before:
+        raise UsageError(
+            f"this {type(module).__name__} is cached already, with other options ({before}); "
+            "call uncached(module) first to wrap it anew."
+        )
+    return module
+
+
+# --- freezing -------------------------------------------------------------------------------------------
+
+
+def _ready(module: nn.Module, attached: Attached) -> None:
+    """Freeze the module if that is asked for, else say what will keep it from being cached."""
+    if attached.requested.freeze:
+        attached.before = Before(
+            tuple((name, child.training) for name, child in module.named_modules(remove_duplicate=False)),
+            tuple((name, value.requires_grad) for name, value in module.named_parameters(remove_duplicate=False)),
+        )
+        module.requires_grad_(False)
+        module.eval()
+        return
+    trainable = next((name for name, value in module.named_parameters() if value.requires_grad), None)
+    if trainable is not None or module.training:
+        what = f"{trainable} is trainable" if trainable is not None else "it is in training mode"
+        attached.memo.say(
+            "not frozen",
+            f"{what}, so it would not be cached in training. Wrap it with freeze=True, or call "
+            "requires_grad_(False) and eval() on it.",
+        )
+
+
+def _thaw(module: nn.Module, before: Before) -> None:
+    children = dict(module.named_modules(remove_duplicate=False))
+    for name, training in before.training:
+        if name in children:
+            children[name].training = training
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, requires_grad in before.requires_grad:
+        if name in parameters:
+            parameters[name].requires_grad_(requires_grad)
+
+
+# --- ask, undo, see through -----------------------------------------------------------------------------
+
+
+def is_cached(module: nn.Module | type[nn.Module]) -> bool:
+    """Whether a module, or the instances of a class, are cached.
+
+    >>> import torch
+    >>> from modcache import cached_module, is_cached
+    >>> layer = torch.nn.Linear(3, 2)
+    >>> is_cached(layer), is_cached(cached_module(layer, freeze=True))
+    (False, True)
+    """
+    cls = module if isinstance(module, type) else type(module)
+    return any(original_class(base) is not None for base in cls.__mro__)
+
+
+def uncached(module: M) -> M:
+    """Undo `cached_module`, in place: the class, a forward that was patched, and what freezing changed.
+
+    >>> import torch
+    >>> from modcache import cached_module, uncached
+    >>> layer = torch.nn.Linear(3, 2)
+    >>> uncached(cached_module(layer, freeze=True)) is layer, type(layer) is torch.nn.Linear
+    (True, True)
+    >>> layer.weight.requires_grad
+    True
+
+    Args:
+        module: a cached module, or a decorated class (then its plain class is returned).
+
+    Raises:
+        NotCachedError: it is not cached (a ``ValueError``).
+        LayeredError: something was put on top of it since, which has to go first (a ``RuntimeError``).
+    """
+    _need_cached(module, "uncached")
+    cls = module if isinstance(module, type) else type(module)
+    original = original_class(cls)
+    if original is None:
+        raise LayeredError(
+            f"uncached(...) cannot undo: {cls.__name__} was derived from the cached class since (a parametrization, a "
+            "subclass); take that away first."
+        )
+    if isinstance(module, type):
+        return original  # type: ignore[return-value]
+    if "forward" in module.__dict__:
+        raise LayeredError(
+            f"uncached(...) cannot undo: a forward ({module.__dict__['forward']!r}) was patched onto this "
+            f"{cls.__name__} since; take that away first."
+        )
+    attached = attached_to(module)
+    module.__class__ = original
+    del module.__dict__[ATTACHED]
+    if attached.inside is not None:
+        module.__dict__["forward"] = attached.inside
+    if attached.before is not None:
+        _thaw(module, attached.before)
+    return module
+
+
+def cache_of(module: nn.Module) -> Cache:
+    """See through a cached module: its statistics, its namespace, its store, and how to drop rows.
+
+    >>> import torch
+    >>> from modcache import cached_module, cache_of
+    >>> encoder = cached_module(torch.nn.Linear(3, 2), freeze=True)
+    >>> _ = encoder(torch.eye(3))
+    >>> cache_of(encoder).stats.computed
+    3
+
+    Raises:
+        NotCachedError: the module is not cached (a ``ValueError``).
+    """
+    _need_cached(module, "cache_of")
+    if isinstance(module, type):
+        raise UsageTypeError(f"cache_of(...) takes an instance; found the class {module.__name__}")
+    return Cache(module, attached_to(module))
+
+
+def _need_cached(module: object, verb: str) -> None:
+    if isinstance(module, type):
+        known = issubclass(module, nn.Module)
+    else:
+        known = isinstance(module, nn.Module)
+    if not known:
+        raise UsageTypeError(f"{verb}(...) takes a cached module; found {module!r}")
+    if not is_cached(module):  # type: ignore[arg-type]
+        name = module.__name__ if isinstance(module, type) else type(module).__name__
+        raise NotCachedError(f"{verb}(...) takes a cached module, but this {name} is not cached; see cached_module(...)")
