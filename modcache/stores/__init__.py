@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from modcache.stores.memory import MemoryStore
-from modcache.stores.protocol import Found, Store, StoreStats
+from .memory import MemoryStore
+from .protocol import Found, Store, StoreStats
+from .tiered import TieredStore
 
-__all__ = ["Found", "MemoryStore", "Store", "StoreStats"]
+__all__ = ["Found", "MemoryStore", "Store", "StoreStats", "TieredStore"]

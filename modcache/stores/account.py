@@ -10,7 +10,9 @@ import numpy.typing as npt
 
 __all__ = ["Account"]
 
-ENTRY_BYTES: Final = 64  # an entry of the index with the key and the last use in the slab, at millions of rows
+ENTRY_BYTES: Final = (
+    64  # an entry of the index with the key and the last use in the slab, at millions of rows
+)
 FREE_BYTES: Final = 64 << 10  # of index that costs nothing, so that a tiny bound holds what its user reckons
 
 
@@ -46,7 +48,7 @@ class Account:
         return max(0, min(charged, free))
 
     def drops_until(self, row_bytes: npt.NDArray[np.int64], limit: int) -> int:
-        """How many of these rows, from the first on, have to go for a limit to hold; all when that is too few."""
+        """How many of these rows, from the first on, must go for a limit to hold; all if too few."""
         rows, held = self.rows - np.arange(1, len(row_bytes) + 1), self.bytes - np.cumsum(row_bytes)
         enough = held + np.maximum(0, rows * ENTRY_BYTES - FREE_BYTES) <= limit
         return int(enough.argmax()) + 1 if enough.any() else len(row_bytes)

@@ -45,6 +45,7 @@ class Budget:
         self.max_bytes = max_bytes
         # Re-entrant, because a signal handler or a finaliser may use a store in the middle of a call.
         self.lock = threading.RLock()
+        self.busy = False  # in the middle of a change
         self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
         with _forking:
             _budgets.append(weakref.ref(self, _forget))
@@ -59,10 +60,12 @@ class Budget:
         return self.max_bytes - sum(holder.held_bytes() for holder in self._holders)
 
     def make_room(self, wanted: int) -> int:
-        """Drops retired rows, the longest retired first, until so many bytes are free; the bytes free then."""
+        """Drops retired rows, the longest retired first, until so many bytes are free; what is free then."""
         free = self.free_bytes()
         while free < wanted:
-            retired = [(since, holder) for holder in self._holders if (since := holder.retired_since()) is not None]
+            retired = [
+                (since, holder) for holder in self._holders if (since := holder.retired_since()) is not None
+            ]
             if not retired:
                 break
             min(retired, key=lambda pair: pair[0])[1].drop_retired(wanted - free)
@@ -86,6 +89,7 @@ def cgroup_limit(read: ReadText) -> int | None:
     limits = []
     for line in (read("/proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
+        mounts: tuple[str, ...]
         if controllers == "":
             mounts, name = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"), "memory.max"
         elif "memory" in controllers.split(","):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import sys
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from modcache.digest import memory_of
+from ..digest import memory_of
+from ..errors import UsageError, UsageTypeError
 
-__all__ = ["Column", "DeviceColumn", "HostColumn"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-Places = npt.NDArray[np.int64]
+    from .index import Places
+
+__all__ = ["Column", "DeviceColumn", "HostColumn", "columns_on"]
 
 _MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python < 3.12 has no name for it
 _HUGE_FROM: Final = 64 << 20  # small slabs should not hold pages of 2 MiB that they hardly use
@@ -23,8 +28,14 @@ _SLACK: Final = 1 << 20  # pages beyond the last row that are kept for the next 
 _NUMPY_NAMES: Final = (
     "bool uint8 int8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64 complex64 complex128"
 )
-_NUMPY: Final = {getattr(torch, name): np.dtype(name) for name in _NUMPY_NAMES.split() if hasattr(torch, name)}
-_STAND_IN: Final = {1: np.dtype(np.uint8), 2: np.dtype(np.int16), 4: np.dtype(np.int32)}
+_NUMPY: Final[dict[torch.dtype, np.dtype[Any]]] = {
+    getattr(torch, name): np.dtype(name) for name in _NUMPY_NAMES.split() if hasattr(torch, name)
+}
+_STAND_IN: Final[dict[int, np.dtype[Any]]] = {
+    1: np.dtype(np.uint8),
+    2: np.dtype(np.int16),
+    4: np.dtype(np.int32),
+}
 
 
 class Column(Protocol):
@@ -62,7 +73,7 @@ class HostColumn:
         self._dtype = dtype
         self._shape = shape
         self._exact = dtype in _NUMPY
-        self._numpy = _NUMPY.get(dtype) or _STAND_IN[dtype.itemsize]
+        self._numpy = _NUMPY[dtype] if self._exact else _STAND_IN[dtype.itemsize]
         self._row_bytes = dtype.itemsize * torch.Size(shape).numel()
         self._pages = _reserve(most * self._row_bytes)
         self._touched = 0
@@ -72,10 +83,12 @@ class HostColumn:
             self._use(np.frombuffer(self._pages, np.uint8, most * self._row_bytes), most)
 
     def take(self, rows: Places) -> torch.Tensor:
+        """These rows, in fresh memory."""
         taken = self._rows.take(rows, axis=0)
         return torch.from_numpy(taken) if self._exact else self._as_dtype(taken)
 
     def append(self, start: int, values: torch.Tensor, chosen: Places) -> None:
+        """Puts the chosen rows of a batch at the rows from ``start`` on."""
         stop = start + len(chosen)
         values = _settled(values).cpu()
         source = _bytes_of(values, self._row_bytes)
@@ -86,13 +99,16 @@ class HostColumn:
         self._touched = max(self._touched, stop)
 
     def overwrite(self, rows: Places, values: torch.Tensor, chosen: Places) -> None:
+        """Puts the chosen rows of a batch at these rows."""
         values = _settled(values).cpu()
         self._bytes[rows] = _bytes_of(values, self._row_bytes)[chosen]
 
     def move(self, targets: Places, sources: Places) -> None:
+        """Copies rows over others."""
         self._bytes[targets] = self._bytes[sources]
 
     def fit(self, count: int) -> None:
+        """Makes room for so many rows."""
         if count > len(self._bytes):
             capacity = max(count, 2 * len(self._bytes))
             grown = np.empty(capacity * self._row_bytes, np.uint8)
@@ -100,6 +116,7 @@ class HostColumn:
             self._use(grown, capacity)
 
     def trim(self, count: int) -> None:
+        """Gives back memory that so many rows do not need."""
         used, touched = count * self._row_bytes, self._touched * self._row_bytes
         if touched - used <= _SLACK + used // 32:
             return
@@ -132,7 +149,13 @@ class DeviceColumn:
     """
 
     def __init__(
-        self, dtype: torch.dtype, shape: tuple[int, ...], most: int, *, device: torch.device, pinned: bool = False
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        most: int,
+        *,
+        device: torch.device,
+        pinned: bool = False,
     ) -> None:
         self._dtype = dtype
         self._shape = shape
@@ -143,6 +166,7 @@ class DeviceColumn:
         self._bytes = self._empty(0)
 
     def take(self, rows: Places) -> torch.Tensor:
+        """These rows, in fresh memory."""
         taken = self._empty(len(rows))
         with torch.no_grad():
             torch.index_select(self._bytes, 0, self._on_device(rows), out=taken)
@@ -150,23 +174,28 @@ class DeviceColumn:
             return typed.set_(taken.untyped_storage(), 0, (len(rows), *self._shape))  # type: ignore[call-overload, no-any-return]
 
     def append(self, start: int, values: torch.Tensor, chosen: Places) -> None:
+        """Puts the chosen rows of a batch at the rows from ``start`` on."""
         with torch.no_grad():
             self._bytes[start : start + len(chosen)].copy_(self._bytes_of(values, chosen))
 
     def overwrite(self, rows: Places, values: torch.Tensor, chosen: Places) -> None:
+        """Puts the chosen rows of a batch at these rows."""
         with torch.no_grad():
             self._bytes.index_copy_(0, self._on_device(rows), self._bytes_of(values, chosen).to(self._device))
 
     def move(self, targets: Places, sources: Places) -> None:
+        """Copies rows over others."""
         with torch.no_grad():
             moved = self._bytes.index_select(0, self._on_device(sources))
             self._bytes.index_copy_(0, self._on_device(targets), moved)
 
     def fit(self, count: int) -> None:
+        """Makes room for so many rows."""
         if count > len(self._bytes):
             self._resize(count, max(count, min(self._most, len(self._bytes) * 3 // 2)))
 
     def trim(self, count: int) -> None:
+        """Gives back memory that so many rows do not need."""
         if count * 2 < len(self._bytes):
             self._resize(count, count)
 
@@ -182,13 +211,37 @@ class DeviceColumn:
         return torch.empty(shape, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
 
     def _on_device(self, rows: Places) -> torch.Tensor:
-        return torch.from_numpy(rows).to(self._device)
+        return torch.from_numpy(rows.copy()).to(self._device)  # torch warns of read-only arrays
 
     def _bytes_of(self, values: torch.Tensor, chosen: Places) -> torch.Tensor:
         if not self._row_bytes:
             return self._empty(len(chosen))
         rows = _settled(values).reshape(len(values), -1).view(torch.uint8)
         return rows if len(chosen) == len(rows) else rows[torch.from_numpy(chosen).to(rows.device)]
+
+
+def columns_on(device: str | torch.device) -> tuple[torch.device, Callable[..., Column]]:
+    """The device of a store's tensors, and what makes a column there of dtype, shape and most rows."""
+    if not isinstance(device, (str, torch.device)):
+        raise UsageTypeError(f'device is "cpu", "pinned" or a device of torch, but {device!r} was given.')
+    if device == "pinned":
+        if not torch.cuda.is_available():
+            raise UsageError('device="pinned" needs CUDA, which is not available here. Use device="cpu".')
+        return torch.device("cpu"), functools.partial(DeviceColumn, device=torch.device("cpu"), pinned=True)
+    try:
+        known = torch.device(device)
+        torch.empty(0, device=known)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f'device="{device}" cannot be used here ({reason}). '
+            'Use "cpu", "pinned", or an accelerator like "cuda:0".'
+        ) from None
+    if known.type == "meta":
+        raise UsageError(
+            'device="meta" holds no values. Use "cpu", "pinned", or an accelerator like "cuda:0".'
+        )
+    return known, HostColumn if known.type == "cpu" else functools.partial(DeviceColumn, device=known)
 
 
 def _reserve(size: int) -> mmap.mmap | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from itertools import repeat
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["KEY_BYTES", "KeyIndex"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["KEY_BYTES", "KeyIndex", "Places", "cut_keys"]
 
 KEY_BYTES: Final = 16
 ABSENT: Final = -1
@@ -60,7 +62,9 @@ class KeyIndex:
         places: Places = self._old.places.take(entries, mode="clip")
         absent = np.flatnonzero(entries < 0)
         if len(absent):
-            places[absent] = _look_up(self._young, [keys[i] for i in absent.tolist()]) if self._young else ABSENT
+            places[absent] = (
+                _look_up(self._young, [keys[i] for i in absent.tolist()]) if self._young else ABSENT
+            )
         return places
 
     def set(self, keys: Sequence[bytes], places: Places) -> None:
@@ -69,11 +73,11 @@ class KeyIndex:
             entries = self._old.find(b"".join(keys))
             known = entries >= 0
             if known.any():
-                # One by one in order, so that the last of equal keys wins: numpy promises that for indexed writes.
+                # Of equal keys the last wins: numpy promises that for indexed writes.
                 self._old.places[entries[known]] = places[known]
                 new = np.flatnonzero(~known)
                 keys, places = [keys[i] for i in new.tolist()], places[new]
-        self._young.update(zip(keys, places.tolist()))
+        self._young.update(zip(keys, places.tolist(), strict=False))
         if len(self._young) > self._merge_at:
             self._merge()
 
@@ -88,23 +92,33 @@ class KeyIndex:
 
     def keys(self) -> list[bytes]:
         """All keys, in no particular order."""
-        return [*self._young, *_cut(self._old.joined_keys())]
+        return [*self._young, *cut_keys(self._old.joined_keys())]
 
     def _merge(self) -> None:
         joined, places = b"".join(self._young), np.fromiter(self._young.values(), np.int64, len(self._young))
         if self._old.live + len(places) > self._old.room:
-            joined, places = joined + self._old.joined_keys(), np.concatenate([places, self._old.live_places()])
+            joined, places = (
+                joined + self._old.joined_keys(),
+                np.concatenate([places, self._old.live_places()]),
+            )
             self._old = _PackedTable(len(places))
         self._young = {}
         for start in range(0, len(places), _CHUNK):
             words = _words(joined[start * KEY_BYTES : (start + _CHUNK) * KEY_BYTES])
             left = self._old.insert(words, places[start : start + _CHUNK])
-            self._young.update(zip(_cut(words[left].tobytes()), places[start : start + _CHUNK][left].tolist()))
+            self._young.update(
+                zip(
+                    cut_keys(words[left].tobytes()),
+                    places[start : start + _CHUNK][left].tolist(),
+                    strict=False,
+                )
+            )
         # Keys that found their bucket full are tried again, but not so often that it would cost a square.
         self._merge_at = max(self._newest, 2 * len(self._young))
 
 
-def _cut(joined: bytes) -> list[bytes]:
+def cut_keys(joined: bytes) -> list[bytes]:
+    """The keys that stand one behind the other."""
     return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)]
 
 
@@ -144,7 +158,7 @@ class _PackedTable:
         buckets, tags = self._spots(words)
         slots = self._table.take(buckets, axis=0)
         slots ^= tags[:, None]
-        entries = slots[slots <= _ENTRY].view(np.int64)
+        entries: Places = slots[slots <= _ENTRY].view(np.int64)
         if len(entries) == len(words) and self._keys.take(entries, axis=0, mode="clip").tobytes() == joined:
             return entries
         return self._prove(words, slots)

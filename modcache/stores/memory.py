@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from modcache.errors import UsageError, UsageTypeError
-from modcache.rows import Layout, Rows
-from modcache.stores.account import Account
-from modcache.stores.budget import Budget, shared_budget
-from modcache.stores.columns import Column, DeviceColumn, HostColumn
-from modcache.stores.index import KEY_BYTES
-from modcache.stores.protocol import Found, StoreStats
-from modcache.stores.recency import Recency
-from modcache.stores.shelf import Shelf
-from modcache.stores.slab import Slab
+from ..errors import UsageError, UsageTypeError
+from .account import Account
+from .budget import Budget, shared_budget
+from .columns import columns_on
+from .index import KEY_BYTES, Places
+from .protocol import Found, StoreStats
+from .recency import Recency
+from .shelf import Shelf
+from .slab import Batch, Slab
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
+    from ..rows import Layout, Rows
 
 __all__ = ["MemoryStore"]
 
-Places = npt.NDArray[np.int64]
-
-_EVICTIONS = ("none", "lru")
 _MERGED = 1024  # rows that are moved at a time when two namespaces become one
 _clock = itertools.count()  # tells which namespace was retired first, over all stores
 
@@ -38,6 +40,8 @@ class MemoryStore:
     store is an empty store with the same options.
 
     Example:
+        >>> import torch
+        >>> from modcache.rows import Layout, Rows
         >>> store = MemoryStore(max_bytes=1 << 20)
         >>> layout = Layout("*", ((torch.float32, (2,)),))
         >>> store.put("names", [b"k" * 16], Rows(layout, (torch.ones(1, 2),)))
@@ -60,10 +64,14 @@ class MemoryStore:
     def __init__(
         self, max_bytes: int | None = None, *, device: str | torch.device = "cpu", eviction: str = "none"
     ) -> None:
-        self._options = {"device": str(device), "eviction": _checked_eviction(eviction)}
+        if eviction not in ("none", "lru"):
+            raise UsageError(
+                f'eviction={eviction!r} is not known. Use "none" (keep what came first) or "lru".'
+            )
         self._max_bytes = _checked_bound(max_bytes)
-        self._pinned, self._device = _checked_device(device)
-        self._budget = shared_budget(self._device) if max_bytes is None else Budget(max_bytes)
+        self._device_name, self._eviction = str(device), eviction
+        tensors_on, self._make_column = columns_on(device)
+        self._budget = shared_budget(tensors_on) if max_bytes is None else Budget(max_bytes)
         self._shelves: dict[str, Shelf] = {}
         self._account = Account()
         self._recency = Recency() if eviction == "lru" else None
@@ -73,17 +81,19 @@ class MemoryStore:
         self._budget.join(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(type(self), **self._options), (self._max_bytes,)
+        make = functools.partial(type(self), device=self._device_name, eviction=self._eviction)
+        return make, (self._max_bytes,)
 
     def __repr__(self) -> str:
-        options = "".join(f", {name}={value!r}" for name, value in self._options.items())
-        return f"{type(self).__name__}({self._max_bytes}{options})"
+        name, options = type(self).__name__, f"device={self._device_name!r}, eviction={self._eviction!r}"
+        return f"{name}({self._max_bytes}, {options})"
 
     def get(self, namespace: str, row_keys: Sequence[bytes]) -> tuple[Found, ...]:
         """The rows that are there, in fresh memory: one `Found` per layout."""
+        # The lock is held over the copy, too: another thread might move the rows meanwhile.
         with self._budget.lock:
             shelf = self._shelves.get(namespace)
-            if shelf is None:
+            if shelf is None or shelf.torn:
                 return ()
             shelf.retired = None
             stamp = None if self._recency is None else self._next_stamp(len(row_keys))
@@ -93,35 +103,27 @@ class MemoryStore:
         """Which rows are there, without using them."""
         with self._budget.lock:
             shelf = self._shelves.get(namespace)
-            return np.zeros(len(row_keys), np.bool_) if shelf is None else shelf.find(row_keys) >= 0
+            if shelf is None or shelf.torn:
+                return np.zeros(len(row_keys), np.bool_)
+            return shelf.find(row_keys) >= 0
 
     def put(self, namespace: str, row_keys: Sequence[bytes], rows: Rows) -> int:
-        """Keeps as many of the rows as the bound lets in, the first ones first; how many."""
+        """Keeps as many of the rows as the bound lets in; how many."""
         _check_batch(row_keys, rows)
-        with self._budget.lock:
-            if self._closed or not row_keys:
+        with self._changing() as allowed:
+            if not allowed or not row_keys:
                 return 0
             shelf = self._shelves.setdefault(namespace, Shelf(self._account, self._make_slab))
-            shelf.retired = None
-            try:
-                return self._admit(shelf, row_keys, rows)
-            finally:
-                shelf.shrunk = shelf.shrunk or not len(shelf)
-                self._tidy()
+            shelf.retired, shelf.shrunk = None, True
+            return self._admit(shelf, Batch(row_keys, rows, self._next_stamp(len(row_keys))))
 
     def delete(self, namespace: str, row_keys: Sequence[bytes] | None = None) -> int:
         """Drops these rows, or with None the whole namespace; the number of rows dropped."""
-        with self._budget.lock:
+        with self._changing() as allowed:
             shelf = self._shelves.get(namespace)
-            if shelf is None:
+            if shelf is None or not allowed:
                 return 0
-            dropped = len(shelf)
-            if row_keys is None:
-                shelf.clear()
-            else:
-                dropped = shelf.delete(row_keys)
-            self._tidy()
-            return dropped
+            return shelf.delete(shelf.keys() if row_keys is None else row_keys)
 
     def retire(self, namespace: str) -> None:
         """Lets the rows of a namespace go first when room is needed, until its next get or put."""
@@ -132,21 +134,22 @@ class MemoryStore:
 
     def rename(self, old: str, new: str) -> None:
         """Gives the rows of a namespace to another name, over rows that have it already."""
-        with self._budget.lock:
-            if old == new or old not in self._shelves:
+        with self._changing() as allowed:
+            shelf, into = self._shelves.get(old), self._shelves.get(new)
+            if shelf is None or shelf is into or not allowed:
                 return
-            shelf = self._shelves.pop(old)
             shelf.retired = None
-            if new in self._shelves:
-                self._merge(self._shelves[new], shelf)
+            if into is None:
+                self._shelves[new] = self._shelves.pop(old)
             else:
-                self._shelves[new] = shelf
+                into.retired = None
+                self._merge(shelf, into)
 
     def row_keys(self, namespace: str) -> list[bytes]:
-        """The keys of all rows of a namespace."""
+        """The keys of all rows of a namespace, from the least to the most recently put (with "lru": used)."""
         with self._budget.lock:
             shelf = self._shelves.get(namespace)
-            return [] if shelf is None else shelf.keys()
+            return [] if shelf is None or shelf.torn else shelf.keys()
 
     def namespaces(self) -> list[str]:
         """The namespaces that have at least one row."""
@@ -170,11 +173,12 @@ class MemoryStore:
 
     def close(self) -> None:
         """Gives back all memory; afterwards the store finds nothing and admits nothing."""
-        with self._budget.lock:
+        with self._changing() as allowed:
             self._closed = True
-            for shelf in self._shelves.values():
-                shelf.clear()
-            self._tidy()
+            if allowed:
+                for shelf in self._shelves.values():
+                    shelf.clear()
+                self._recount()
 
     def held_bytes(self) -> int:
         """The bytes that count against the bound."""
@@ -182,59 +186,61 @@ class MemoryStore:
 
     def retired_since(self) -> int | None:
         """When the oldest of the retired namespaces was retired, on a clock that all stores share."""
-        return min((since for shelf in self._shelves.values() if (since := shelf.retired) is not None), default=None)
+        return min(
+            (since for shelf in self._shelves.values() if (since := shelf.retired) is not None), default=None
+        )
 
     def drop_retired(self, wanted: int) -> None:
         """Drops rows of the oldest retired namespace until so many bytes are free or it is empty."""
+        self._mend()
         since = self.retired_since()
-        name = next(name for name, shelf in self._shelves.items() if shelf.retired == since)
+        name = next(
+            name for name, shelf in self._shelves.items() if shelf.retired == since and not shelf.torn
+        )
         shelf = self._shelves[name]
-        keys = shelf.keys_worth(wanted, self._account.entry_bytes)
-        self._evicted += shelf.delete(keys)
-        shelf.trim()
-        if not len(shelf):
-            del self._shelves[name]
+        if len(shelf):
+            self._evicted += shelf.delete(shelf.keys_worth(wanted, self._account.entry_bytes))
+        self._tidy(name)
 
-    def _admit(self, shelf: Shelf, keys: Sequence[bytes], rows: Rows) -> int:
-        stamp, row_bytes = self._next_stamp(len(keys)), rows.layout.row_bytes
-        chosen = _last_of_each(keys)
-        places = shelf.find([keys[i] for i in chosen.tolist()])
-        same = shelf.overwrite(places, rows, chosen, stamp)
+    def _admit(self, shelf: Shelf, batch: Batch) -> int:
+        row_bytes = batch.rows.layout.row_bytes
+        chosen = _last_of_each(batch.keys)
+        places = shelf.find(batch.keys_at(chosen))
+        same = shelf.overwrite(places, batch, chosen)
         # A row of another layout goes now: also when the new one is refused, the old one is no longer right.
-        shelf.delete([keys[i] for i in chosen[(places >= 0) & ~same].tolist()])
+        shelf.delete(batch.keys_at(chosen[(places >= 0) & ~same]))
         new = chosen[~same]
+        kept, room = int(same.sum()), 0
         if Account().fitting(row_bytes, self._budget.max_bytes):
             limit = self._make_room(len(new), row_bytes)
             if self._recency is not None and self._account.fitting(row_bytes, limit) < len(new):
-                new = self._evict(shelf, keys, chosen, new, row_bytes, limit, stamp)
-            admitted = new[: self._account.fitting(row_bytes, limit)]
-            shelf.put(keys, rows, admitted, stamp)
-        else:
-            admitted = new[:0]
-        self._refused += int((~same).sum()) - len(admitted)
-        return int(same.sum()) + len(admitted)
+                most = Account().fitting(row_bytes, limit)
+                # Of a batch that is larger than the store, the end stays: as if its rows came one by one.
+                first = chosen[: max(0, len(chosen) - most)]
+                kept -= int(np.isin(first, chosen[same]).sum())
+                self._evicted += shelf.delete(batch.keys_at(first))
+                new = np.setdiff1d(new, first)
+                self._evict(len(new), row_bytes, limit, batch.stamp)
+            room = self._account.fitting(row_bytes, limit)
+        admitted = new[:room]
+        shelf.put(batch, admitted)
+        kept += len(admitted)
+        self._refused += len(chosen) - kept
+        return kept
 
     def _make_room(self, count: int, row_bytes: int) -> int:
         """Lets retired rows go where these rows need the room; the bytes that this store may then hold."""
-        free = self._budget.make_room(self._account.plus(count, row_bytes).held_bytes - self._account.held_bytes)
-        return free + self._account.held_bytes
+        wanted = self._account.plus(count, row_bytes).held_bytes - self._account.held_bytes
+        return self._budget.make_room(wanted) + self._account.held_bytes
 
-    def _evict(
-        self, shelf: Shelf, keys: Sequence[bytes], chosen: Places, new: Places, row_bytes: int, limit: int, stamp: int
-    ) -> Places:
-        """Drops the rows that were not used for longest; which of the new ones there is room for then."""
+    def _evict(self, count: int, row_bytes: int, limit: int, before: int) -> None:
+        """Drops the rows that were not used for longest, until there is room for so many new ones."""
         assert self._recency is not None
-        most = Account().fitting(row_bytes, limit)
-        beyond = chosen[: max(0, len(chosen) - most)]  # one batch that is larger than the store: its end stays
-        self._evicted += shelf.delete([keys[i] for i in beyond.tolist()])
-        new = new[~np.isin(new, beyond)]
-        while (after := self._account.plus(len(new), row_bytes)).held_bytes > limit:
-            self._evicted += self._recency.evict(
-                list(self._shelves.values()), stamp, functools.partial(after.drops_until, limit=limit)
-            )
-        return new
+        while (full := self._account.plus(count, row_bytes)).held_bytes > limit:
+            drops = functools.partial(full.drops_until, limit=limit)
+            self._evicted += self._recency.evict(list(self._shelves.values()), before, drops)
 
-    def _merge(self, into: Shelf, shelf: Shelf) -> None:
+    def _merge(self, shelf: Shelf, into: Shelf) -> None:
         keys = shelf.keys()
         for start in range(0, len(keys), _MERGED):
             chunk = keys[start : start + _MERGED]
@@ -243,16 +249,46 @@ class MemoryStore:
             into.delete(chunk)
             for part in found:
                 part_keys = [chunk[i] for i in part.positions.tolist()]
-                every = np.arange(len(part_keys))
-                into.put(part_keys, part.rows, every, self._next_stamp(len(part_keys)))
+                into.put(Batch(part_keys, part.rows, self._next_stamp(len(chunk))), np.arange(len(part_keys)))
 
-    def _tidy(self) -> None:
-        """Gives back the memory of dropped rows, at the end of a change and not before: rows may follow."""
-        for name, shelf in list(self._shelves.items()):
-            if shelf.shrunk:
-                shelf.trim()
-                if not len(shelf):
-                    del self._shelves[name]
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[bool]:
+        """Holds the lock over a change; gives back the memory of dropped rows at its end: rows may follow.
+
+        Yields False when this thread is in the middle of another change: a signal handler or a finaliser
+        that uses a store then finds it closed.
+        """
+        with self._budget.lock:
+            if self._budget.busy:
+                yield False
+                return
+            self._budget.busy = True
+            try:
+                self._mend()
+                yield not self._closed
+                for name in [name for name, shelf in self._shelves.items() if shelf.shrunk]:
+                    self._tidy(name)
+            finally:
+                self._budget.busy = False
+
+    def _mend(self) -> None:
+        """Drops the namespaces in the middle of whose last change an exception came, perhaps an interrupt."""
+        torn = [shelf for shelf in self._shelves.values() if shelf.torn]
+        for shelf in torn:
+            shelf.clear()
+        if torn:
+            self._recount()
+
+    def _recount(self) -> None:
+        counted = [shelf.counted() for shelf in self._shelves.values()]
+        self._account.rows = sum(account.rows for account in counted)
+        self._account.bytes = sum(account.bytes for account in counted)
+
+    def _tidy(self, name: str) -> None:
+        shelf = self._shelves[name]
+        shelf.trim()
+        if not len(shelf):
+            del self._shelves[name]
 
     def _next_stamp(self, count: int) -> int:
         self._stamp += count
@@ -260,15 +296,12 @@ class MemoryStore:
 
     def _make_slab(self, layout: Layout) -> Slab:
         most = Account().fitting(layout.row_bytes, self._budget.max_bytes)
-        if self._pinned or self._device.type != "cpu":
-            device = functools.partial(DeviceColumn, device=self._device, pinned=self._pinned)
-            return Slab(layout, lambda dtype, shape: device(dtype, shape, most))
-        return Slab(layout, lambda dtype, shape: HostColumn(dtype, shape, most))
+        return Slab(layout, functools.partial(self._make_column, most=most))
 
 
 def _last_of_each(keys: Sequence[bytes]) -> Places:
     """The places of the keys, ascending, of equal keys only the last."""
-    last = dict(zip(keys, range(len(keys))))
+    last = dict(zip(keys, range(len(keys)), strict=False))
     if len(last) == len(keys):
         return np.arange(len(keys))
     return np.sort(np.fromiter(last.values(), np.int64, len(last)))
@@ -297,26 +330,3 @@ def _checked_bound(max_bytes: int | None) -> int | None:
             "Give a positive number of bytes, or None for a share of the memory that this process may use."
         )
     return max_bytes
-
-
-def _checked_eviction(eviction: str) -> str:
-    if eviction not in _EVICTIONS:
-        raise UsageError(f'eviction={eviction!r} is not known. Use "none" (keep what came first) or "lru".')
-    return eviction
-
-
-def _checked_device(device: str | torch.device) -> tuple[bool, torch.device]:
-    """Whether the memory is pinned, and the device on which tensors are made."""
-    if not isinstance(device, (str, torch.device)):
-        raise UsageTypeError(f'device is "cpu", "pinned" or a device of torch, but {device!r} was given.')
-    if device == "pinned":
-        if not torch.cuda.is_available():
-            raise UsageError('device="pinned" needs CUDA, which this process does not have. Use device="cpu".')
-        return True, torch.device("cpu")
-    try:
-        known = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f'device={device!r} is not a device of torch. Use "cpu", "pinned" or "cuda:0".') from None
-    if known.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f'device={device!r} needs CUDA, which this process does not have. Use device="cpu".')
-    return False, known

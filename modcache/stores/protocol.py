@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-from modcache.rows import Rows
+    import numpy as np
+    import numpy.typing as npt
+
+    from ..rows import Rows
 
 __all__ = ["Found", "Store", "StoreStats"]
 
@@ -62,7 +64,7 @@ class Store(Protocol):
     """
 
     def get(self, namespace: str, row_keys: Sequence[bytes]) -> tuple[Found, ...]:
-        """The rows that are there: one `Found` per layout, ``()`` when nothing is. Absent keys are left out."""
+        """The rows that are there: one `Found` per layout, ``()`` when nothing is; without absent keys."""
 
     def put(self, namespace: str, row_keys: Sequence[bytes], rows: Rows) -> int:
         """Keeps the rows under their keys; the number of rows admitted.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from modcache.stores.shelf import Shelf
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .index import Places
+    from .shelf import Shelf
 
 __all__ = ["Recency"]
-
-Places = npt.NDArray[np.int64]
 
 _LEAST: Final = 1024  # candidates that are looked up at once, and the shortest queue
 _SHARE: Final = 8  # a queue holds an eighth of the rows, so that finding it costs little for each of them
@@ -40,8 +40,8 @@ class Recency:
 
         Args:
             shelves: all rows there are.
-            before: only rows whose last use was earlier. The stamps of rows that are yet to come are not: that
-                is why the rows of the batch that needs the room must not get into the queue.
+            before: only rows whose last use was earlier. Rows that are yet to come have later ones, except
+                those of the batch that needs the room: hence none of it may get into the queue.
             count: says for the bytes of rows, oldest first, how many have to go.
         """
         if not self._keys:
@@ -50,13 +50,19 @@ class Recency:
         now, sizes = np.empty_like(stamps), np.empty_like(stamps)
         for owner in np.unique(owners).tolist():
             mine = owners == owner
-            now[mine], sizes[mine] = self._shelves[owner].facts([keys[i] for i in np.flatnonzero(mine).tolist()])
+            now[mine], sizes[mine] = self._shelves[owner].facts(
+                [keys[i] for i in np.flatnonzero(mine).tolist()]
+            )
         unmoved = np.flatnonzero(now == stamps)
         gone = unmoved[: count(sizes[unmoved])] if len(unmoved) else unmoved
         for owner in np.unique(owners[gone]).tolist():
             self._shelves[owner].delete([keys[i] for i in gone[owners[gone] == owner].tolist()])
         passed = int(gone[-1]) + 1 if len(gone) < len(unmoved) else len(keys)
-        self._keys, self._owners, self._stamps = self._keys[passed:], self._owners[passed:], self._stamps[passed:]
+        self._keys, self._owners, self._stamps = (
+            self._keys[passed:],
+            self._owners[passed:],
+            self._stamps[passed:],
+        )
         return len(gone)
 
     def _look_around(self, shelves: Sequence[Shelf], before: int) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from modcache.rows import Layout, Rows
-from modcache.stores.account import Account
-from modcache.stores.index import KeyIndex
-from modcache.stores.protocol import Found
-from modcache.stores.slab import Slab
+from .account import Account
+from .index import KeyIndex, Places
+from .protocol import Found
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from ..rows import Layout
+    from .slab import Batch, Slab
 
 __all__ = ["Shelf"]
-
-Places = npt.NDArray[np.int64]
 
 _ROW_BITS = 32  # a place is the number of a slab, then the number of a row in it
 _ROW_MASK = (1 << _ROW_BITS) - 1
@@ -31,7 +33,8 @@ class Shelf:
 
     def __init__(self, account: Account, make_slab: Callable[[Layout], Slab]) -> None:
         self.retired: int | None = None
-        self.shrunk = False
+        self.shrunk = False  # rows were dropped since the last trim
+        self.torn = False  # in the middle of a change, or left there by an exception: see `_changing`
         self._account = account
         self._make_slab = make_slab
         self._index = KeyIndex()
@@ -46,42 +49,49 @@ class Shelf:
         return self._index.find(keys)
 
     def take(self, places: Places, stamp: int | None) -> tuple[Found, ...]:
-        """The rows at these places in fresh memory, by layout; their last use is noted unless stamp is None."""
+        """The rows at these places in fresh memory, by layout; notes their use unless stamp is None."""
         return tuple([self._found(slab, at, rows, stamp) for slab, at, rows in self._by_slab(places)])
 
-    def put(self, keys: Sequence[bytes], rows: Rows, chosen: Places, stamp: int) -> None:
+    def put(self, batch: Batch, chosen: Places) -> None:
         """Adds those rows of a batch that are chosen; none of them is here."""
-        slab, number = self._slab_for(rows.layout)
-        added = slab.append([keys[i] for i in chosen.tolist()], rows.tensors, chosen, stamp)
-        self._index.set([keys[i] for i in chosen.tolist()], added | (number << _ROW_BITS))
+        if not len(chosen):
+            return
+        self.torn = True
+        slab, number = self._slab_for(batch.rows.layout)
+        added = slab.append(batch, chosen)
+        self._index.set(batch.keys_at(chosen), added | (number << _ROW_BITS))
         self._count(len(chosen), slab)
+        self.torn = False
 
-    def overwrite(self, places: Places, rows: Rows, chosen: Places, stamp: int) -> npt.NDArray[np.bool_]:
+    def overwrite(self, places: Places, batch: Batch, chosen: Places) -> npt.NDArray[np.bool_]:
         """Puts the chosen rows of a batch at their places, where these have its layout; which places have."""
-        number = self._numbers.get(rows.layout, -2)
+        number = self._numbers.get(batch.rows.layout, -2)
         same: npt.NDArray[np.bool_] = places >> _ROW_BITS == number
         if same.any():
-            self._slabs[number].overwrite(places[same] & _ROW_MASK, rows.tensors, chosen[same], stamp)
+            self.torn = True
+            self._slabs[number].overwrite(places[same] & _ROW_MASK, batch, chosen[same])
+            self.torn = False
         return same
 
     def delete(self, keys: Sequence[bytes]) -> int:
         """Drops rows; how many there were."""
         if not keys:
             return 0
-        self.shrunk = True
+        self.torn = self.shrunk = True
         places = self._index.delete(keys)
         for slab, _, rows in self._by_slab(places):
             number = self._numbers[slab.layout]
             moved = slab.remove(rows)
-            self._index.set(slab.keys(moved), moved | (number << _ROW_BITS))
+            self._index.set(slab.keys_at(moved), moved | (number << _ROW_BITS))
             self._count(-len(rows), slab)
+        self.torn = False
         return int((places >= 0).sum())
 
     def keys(self) -> list[bytes]:
         """The keys of all rows, from the least to the most recently used."""
         if not self._slabs:
             return []
-        keys = [key for slab in self._slabs.values() for key in slab.keys()]
+        keys = [key for slab in self._slabs.values() for key in slab.keys_at(np.arange(slab.count))]
         stamps = np.concatenate([slab.stamps[: slab.count] for slab in self._slabs.values()])
         return [keys[i] for i in np.argsort(stamps, kind="stable").tolist()]
 
@@ -90,7 +100,7 @@ class Shelf:
         slab = next(reversed(self._slabs.values()))
         each = slab.row_bytes + entry_bytes
         count = min(slab.count, -(-wanted // each)) if each else slab.count
-        return slab.keys(np.arange(slab.count - count, slab.count))
+        return slab.keys_at(np.arange(slab.count - count, slab.count))
 
     def last_uses(self) -> list[Places]:
         """When each row was used last, for each slab."""
@@ -99,7 +109,7 @@ class Shelf:
     def used_until(self, stamp: int) -> tuple[list[bytes], Places]:
         """The keys of rows that were not used later than that, and when they were."""
         old = [(slab, np.flatnonzero(slab.stamps[: slab.count] <= stamp)) for slab in self._slabs.values()]
-        keys = [key for slab, rows in old for key in slab.keys(rows)]
+        keys = [key for slab, rows in old for key in slab.keys_at(rows)]
         return keys, np.concatenate([slab.stamps[rows] for slab, rows in old] or [np.empty(0, np.int64)])
 
     def facts(self, keys: Sequence[bytes]) -> tuple[Places, Places]:
@@ -110,11 +120,14 @@ class Shelf:
         return stamps, sizes
 
     def clear(self) -> None:
-        """Drops all rows."""
-        for slab in self._slabs.values():
-            self._count(-slab.count, slab)
+        """Drops all rows, also when an exception left them in disorder."""
         self._index, self._slabs, self._numbers = KeyIndex(), {}, {}
-        self.shrunk = True
+        self.torn, self.shrunk = False, True
+
+    def counted(self) -> Account:
+        """The account of the rows here alone."""
+        slabs = self._slabs.values()
+        return Account(sum(slab.count for slab in slabs), sum(slab.count * slab.row_bytes for slab in slabs))
 
     def trim(self) -> None:
         """Gives back memory that the rows do not need."""
@@ -141,7 +154,11 @@ class Shelf:
         numbers = (places >> _ROW_BITS)[order]
         starts = np.flatnonzero(np.diff(numbers, prepend=-1))
         for positions in np.split(order, starts)[1:]:
-            yield self._slabs[int(places[positions[0]] >> _ROW_BITS)], positions, places[positions] & _ROW_MASK
+            yield (
+                self._slabs[int(places[positions[0]] >> _ROW_BITS)],
+                positions,
+                places[positions] & _ROW_MASK,
+            )
 
     def _slab_for(self, layout: Layout) -> tuple[Slab, int]:
         if layout not in self._numbers:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from modcache.rows import Layout, Rows
-from modcache.stores.columns import Column
-from modcache.stores.index import KEY_BYTES
+from ..rows import Layout, Rows
+from .index import KEY_BYTES, Places, cut_keys
 
-__all__ = ["Slab"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
-Places = npt.NDArray[np.int64]
-MakeColumn = Callable[[torch.dtype, tuple[int, ...]], Column]
+    import torch
+
+    from .columns import Column
+
+__all__ = ["Batch", "Slab"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows on their way into a store.
+
+    Args:
+        keys: one for each row.
+        rows: the rows.
+        stamp: of the first row's use; each row's is one later than that of the row before.
+    """
+
+    keys: Sequence[bytes]
+    rows: Rows
+    stamp: int
+
+    def keys_at(self, chosen: Places) -> list[bytes]:
+        """The keys of some of the rows."""
+        return [self.keys[i] for i in chosen.tolist()]
 
 
 class Slab:
@@ -26,7 +47,7 @@ class Slab:
         make_column: gives the memory for a leaf of this dtype and shape.
     """
 
-    def __init__(self, layout: Layout, make_column: MakeColumn) -> None:
+    def __init__(self, layout: Layout, make_column: Callable[[torch.dtype, tuple[int, ...]], Column]) -> None:
         self.layout = layout
         self.row_bytes = layout.row_bytes
         self.count = 0
@@ -34,31 +55,27 @@ class Slab:
         self._keys = np.empty((0, KEY_BYTES), np.uint8)
         self._columns = [make_column(dtype, shape) for dtype, shape in layout.leaves]
 
-    @property
-    def held_bytes(self) -> int:
-        """The bytes of the rows."""
-        return self.count * self.row_bytes
-
     def take(self, rows: Places) -> Rows:
         """These rows, in fresh memory."""
         return Rows(self.layout, tuple([column.take(rows) for column in self._columns]))
 
-    def append(self, keys: Sequence[bytes], tensors: Sequence[torch.Tensor], chosen: Places, stamp: int) -> Places:
-        """Takes in the chosen rows of a batch under their keys; their numbers."""
+    def append(self, batch: Batch, chosen: Places) -> Places:
+        """Takes in the chosen rows of a batch; their numbers."""
         start, stop = self.count, self.count + len(chosen)
         self._fit(stop)
-        for column, tensor in zip(self._columns, tensors, strict=True):
+        for column, tensor in zip(self._columns, batch.rows.tensors, strict=True):
             column.append(start, tensor, chosen)
-        self._keys[start:stop] = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
-        self.stamps[start:stop] = chosen + stamp
+        joined = b"".join(batch.keys_at(chosen))
+        self._keys[start:stop] = np.frombuffer(joined, np.uint8).reshape(-1, KEY_BYTES)
+        self.stamps[start:stop] = chosen + batch.stamp
         self.count = stop
         return np.arange(start, stop)
 
-    def overwrite(self, rows: Places, tensors: Sequence[torch.Tensor], chosen: Places, stamp: int) -> None:
+    def overwrite(self, rows: Places, batch: Batch, chosen: Places) -> None:
         """Puts the chosen rows of a batch at rows that are there."""
-        for column, tensor in zip(self._columns, tensors, strict=True):
+        for column, tensor in zip(self._columns, batch.rows.tensors, strict=True):
             column.overwrite(rows, tensor, chosen)
-        self.stamps[rows] = chosen + stamp
+        self.stamps[rows] = chosen + batch.stamp
 
     def remove(self, rows: Places) -> Places:
         """Drops rows; the numbers that were filled from the end, in ascending order."""
@@ -74,11 +91,9 @@ class Slab:
         self.count = left
         return targets
 
-    def keys(self, rows: Places | None = None) -> list[bytes]:
-        """The keys of these rows, or of all."""
-        chosen = self._keys[: self.count] if rows is None else self._keys[rows]
-        joined = chosen.tobytes()
-        return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)]
+    def keys_at(self, rows: Places) -> list[bytes]:
+        """The keys of these rows."""
+        return cut_keys(self._keys[rows].tobytes())
 
     def trim(self) -> None:
         """Gives back memory that the rows do not need."""

@@ -1,0 +1,217 @@
+"""TieredStore: one store in front of another."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from modcache.errors import UsageTypeError
+from modcache.rows import Rows
+from modcache.stores import Found, MemoryStore, StoreStats, TieredStore
+from tests.contracts import LAYOUTS, PAIR, AbilitiesContract, answers, expected, keys, rows_of
+
+
+class TestTieredStore(AbilitiesContract):
+    """Two memory stores keep the contract together."""
+
+    @pytest.fixture
+    def store(self):
+        with_room = TieredStore(MemoryStore(1 << 20), MemoryStore(1 << 20))
+        yield with_room
+        with_room.close()
+
+
+class TestTinyFront(AbilitiesContract):
+    """The contract holds, too, when the front drops nearly everything."""
+
+    @pytest.fixture
+    def store(self):
+        return TieredStore(MemoryStore(40, eviction="lru"), MemoryStore(1 << 20))
+
+
+class TestDeviceFront(AbilitiesContract):
+    """The contract holds with a front that keeps its rows as a device does."""
+
+    @pytest.fixture
+    def store(self, monkeypatch):
+        monkeypatch.setattr("modcache.stores.columns.HostColumn", device_column)
+        front = MemoryStore(1 << 20)
+        monkeypatch.undo()
+        return TieredStore(front, MemoryStore(1 << 20))
+
+
+def device_column(dtype, shape, most):
+    from modcache.stores.columns import DeviceColumn
+
+    return DeviceColumn(dtype, shape, most, device=torch.device("cpu"))
+
+
+class PlainStore:
+    """A store of the protocol alone, without further abilities; it says when it is asked."""
+
+    def __init__(self) -> None:
+        self.inner = MemoryStore()
+        self.calls: list[str] = []
+
+    def get(self, namespace, row_keys) -> tuple[Found, ...]:
+        self.calls.append("get")
+        return self.inner.get(namespace, row_keys)
+
+    def put(self, namespace, row_keys, rows: Rows) -> int:
+        return self.inner.put(namespace, row_keys, rows)
+
+    def delete(self, namespace, row_keys=None) -> int:
+        return self.inner.delete(namespace, row_keys)
+
+    def row_keys(self, namespace) -> list[bytes]:
+        return self.inner.row_keys(namespace)
+
+    def namespaces(self) -> list[str]:
+        return self.inner.namespaces()
+
+    def stats(self) -> StoreStats:
+        return self.inner.stats()
+
+    def flush(self) -> None:
+        self.calls.append("flush")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+@pytest.fixture
+def back() -> PlainStore:
+    return PlainStore()
+
+
+@pytest.fixture
+def store(back) -> TieredStore:
+    return TieredStore(MemoryStore(), back)
+
+
+def test_front_answers_alone(store, back):
+    """When the front has all rows, the back is not asked."""
+    store.put("a", keys(1, 2), rows_of([1, 2]))
+    store.get("a", keys(2, 1))
+    assert back.calls == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_rows_of_both_tiers_are_one_found(store, layout):
+    """Rows of one layout from front and back come as one Found in the order of the keys."""
+    store.put("a", keys(*range(9)), rows_of(range(9), layout))
+    store.front.delete("a", keys(1, 4, 8, 0))
+    wanted = [8, 3, 1, 77, 8, 4, 0, 2]
+    want = expected({i: n for i, n in enumerate(wanted) if n != 77}, layout)
+    found = store.get("a", keys(*wanted))
+    assert len(found) == 1
+    assert answers(found) == want
+
+
+def test_promotes(store, back):
+    """What came from the back is in front afterwards, also when it was asked for twice."""
+    back.put("a", keys(1, 2), rows_of([1, 2]))
+    back.put("a", keys(3), rows_of([3], PAIR))
+    want = expected({0: 1, 1: 2, 2: 1}) | expected({3: 3}, PAIR)
+    assert answers(store.get("a", keys(1, 2, 1, 3))) == want
+    assert answers(store.front.get("a", keys(1, 2, 1, 3))) == want
+
+
+def test_layouts_differ_between_tiers(store, back):
+    """A layout that only the back has comes as a Found of its own."""
+    back.put("a", keys(1), rows_of([1], PAIR))
+    store.front.put("a", keys(2), rows_of([2]))
+    assert answers(store.get("a", keys(1, 2))) == expected({0: 1}, PAIR) | expected({1: 2})
+
+
+def test_results_of_a_promotion_are_private(store, back):
+    """A row on its way from back to front is not shared with the caller."""
+    back.put("a", keys(1), rows_of([1]))
+    store.get("a", keys(1))[0].rows.tensors[0].fill_(99)
+    assert answers(store.get("a", keys(1))) == expected({0: 1})
+
+
+def test_a_full_front(back):
+    """Rows that the front refuses are served by the back, and count as admitted."""
+    store = TieredStore(MemoryStore(12), back)
+    assert store.put("a", keys(1, 2, 3), rows_of([1, 2, 3])) == 3
+    assert answers(store.get("a", keys(3, 1))) == expected({0: 3, 1: 1})
+    assert store.stats().refused == 0
+
+
+def test_stats():
+    """Rows are those of the fuller tier, bytes those of both, refused what neither took."""
+    store = TieredStore(MemoryStore(24, eviction="lru"), MemoryStore(36))
+    store.put("a", keys(1, 2, 3, 4), rows_of([1, 2, 3, 4]))
+    assert store.stats() == StoreStats(rows=3, bytes=60, max_bytes=36, namespaces=1, refused=1, evicted=0)
+    store.back.delete("a")
+    assert store.stats().rows == 2
+    assert store.stats().max_bytes == 24
+
+
+def test_abilities_where_a_tier_has_none(store, back):
+    """Without `contains` the back is asked for rows; without `rename` it forgets them."""
+    store.put("a", keys(1, 2), rows_of([1, 2]))
+    store.front.delete("a", keys(1))
+    assert store.contains("a", keys(1, 2, 3)).tolist() == [True, True, False]
+    store.retire("a")
+    store.rename("a", "b")
+    assert answers(store.get("b", keys(1, 2))) == expected({1: 2})
+    assert back.namespaces() == []
+
+
+def test_use_of_a_retired_namespace_reaches_the_back():
+    """A namespace that the front alone can serve is not retired in the back any more once it is used."""
+    store = TieredStore(MemoryStore(), MemoryStore(24))
+    store.put("a", keys(1), rows_of([1]))
+    store.retire("a")
+    store.get("a", keys(1))
+    store.back.put("b", keys(2, 3), rows_of([2, 3]))
+    assert store.back.contains("a", keys(1)).all()
+
+
+def test_retired_rows_go_first_in_the_back():
+    """`retire` is passed on to both tiers."""
+    store = TieredStore(MemoryStore(24), MemoryStore(24))
+    store.put("a", keys(1, 2), rows_of([1, 2]))
+    store.retire("a")
+    assert store.put("b", keys(3, 4), rows_of([3, 4])) == 2
+    assert store.namespaces() == ["b"]
+
+
+def test_flush_and_close_reach_the_back(store, back):
+    """Both tiers are flushed and closed."""
+    store.flush()
+    store.close()
+    assert back.calls == ["flush", "close"]
+
+
+def test_copies_are_empty():
+    """A pickle and a deepcopy of two memory stores are two empty ones."""
+    store = TieredStore(MemoryStore(100), MemoryStore(200))
+    store.put("a", keys(1), rows_of([1]))
+    for other in (pickle.loads(pickle.dumps(store)), copy.deepcopy(store)):
+        assert other.stats().rows == 0
+        assert other.back.stats().max_bytes == 200
+
+
+@pytest.mark.parametrize("place", ["front", "back"])
+def test_not_a_store(place):
+    """What is not a store is refused by name."""
+    tiers = {"front": MemoryStore(), "back": MemoryStore(), place: "cache/"}
+    with pytest.raises(UsageTypeError, match=f"The {place} of a TieredStore is a store, but 'cache/'"):
+        TieredStore(**tiers)
+
+
+def test_results_are_not_views(store, back):
+    """Joined rows can be changed in place by something that requires grad."""
+    store.front.put("a", keys(1), rows_of([1], PAIR))
+    back.put("a", keys(2), rows_of([2], PAIR))
+    with torch.no_grad():
+        (found,) = store.get("a", keys(1, 2))
+    out = found.rows.tensors[0]
+    out += torch.ones((), dtype=out.dtype, requires_grad=True)
+    assert out.requires_grad
