@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .batch import Batch, Bound, take
 
@@ -15,8 +14,7 @@ _Place = int | str
 """Where an argument was given: its position, or its keyword."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arguments:
+class Arguments(NamedTuple):
     """The arguments of a call as they were given, and by name.
 
     Args:

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from .arguments import Arguments, Binder
-from .call import Given, bypass, call
-from .compute import Site
+from .call import bypass, call
+from .compute import Host, Site
 from .digest import KEY_SCHEME, digest, encode, frame
 from .fingerprint import Fingerprint, Identity, Standing, callable_digest, context, context_facts
-from .keys import extractor_of
+from .keys import Given, extractor_of
 from .memo import Bypass, Memo, Options
 from .modes import current_mode, given_keys
 from .selfcheck import tolerance_of
@@ -96,7 +96,8 @@ class Attached:
         self._lock = threading.Lock()
         self._token = uuid.uuid4().hex
         self._namespaces: dict[tuple[int, Context], str] = {}
-        self._sites: dict[tuple[int, Context], tuple[torch.device, float]] = {}
+        self._sites: dict[tuple[int, Context], Site] = {}
+        self._fine: list[Standing | None] = [None, None]  # standings that were looked at and are no reason to bypass
         self._fingerprints: dict[int, Fingerprint] = {}
         self._latest: int | None = None
         self._late_moves = 0
@@ -125,21 +126,24 @@ class Attached:
         try:
             self._refuse_situation(module)
             standing = self.identity.check(module, grad)
-            self._refuse_standing(standing, grad)
+            if standing is not self._fine[grad]:
+                self._refuse_standing(standing, grad)
+            if self.identity.late_moves != self._late_moves:
+                self._drop_spoiled()
         except Bypass as reason:
             return bypass(self.memo, run, args, kwargs, reason)
-        try:
-            arguments = self._bind(args, kwargs)
-        except TypeError:
-            return run(*args, **kwargs)  # raises what the module raises of wrong arguments
-        site = self._site(module, run, standing, grad)
-        return call(self.memo, site, arguments, self._given(keys))
+        now = standing.state, context()
+        site = self._sites.get(now) or self._look(module, now)
+        if standing.state != self._latest:
+            self._superseded(standing.state)
+        host = Host(run, self._bind, partial(self.identity.settle, module), grad, self.identity.turn)
+        return call(self.memo, site, host, args, kwargs, self._given(keys))
 
     def _given(self, keys: object) -> Given | None:
         if keys is not None:
             return Given(keys)
         around = given_keys()
-        return None if around is None else Given(around.keys, around.number(self._token), "keys_for(...)")
+        return around and Given(around.keys, around.number(self._token), "keys_for(...)")
 
     def _refuse_situation(self, module: nn.Module) -> None:
         if self.closed:
@@ -154,6 +158,18 @@ class Attached:
             raise Bypass("a dispatch mode")
         if "_is_replica" in module.__dict__:
             raise Bypass("a DataParallel replica")
+
+    def _drop_spoiled(self) -> None:
+        """Weights were written unnoticed a few calls ago: rows stored since then may be of either state."""
+        self._late_moves = self.identity.late_moves
+        suspect = self.identity.suspect
+        dropped = self.memo.drop_since(0 if suspect is None else suspect.since)
+        self.memo.say(
+            "weights changed unnoticed",
+            f"some of its weights were changed behind autograd's back, and that was noticed late; {dropped} rows stored "
+            "since were dropped, but rows served since may be stale. Write weights through autograd-visible operations "
+            "(under torch.no_grad()), or call cache_of(module).recheck() after such a write.",
+        )
 
     def _refuse_standing(self, standing: Standing, grad: bool) -> None:
         """Bypass a module whose rows would not be what it gives, or would be missed by autograd."""
@@ -183,14 +199,10 @@ class Attached:
                 "its weights were written three times in a row without a change, and each time they had to be digested "
                 "again, so it runs uncached until they lie still. Find what writes them, or give the module a copy.",
             )
+        self._fine[grad] = standing
 
-    def _site(self, module: nn.Module, run: Callable[..., object], standing: Standing, grad: bool) -> Site:
-        now = standing.state, context()
-        device, floor = self._sites.get(now) or self._look(module, now)
-        return Site(run, self._namespace(module, now), device, floor, partial(self.identity.settle, module), grad)
-
-    def _look(self, module: nn.Module, now: tuple[int, Context]) -> tuple[torch.device, float]:
-        """The module's device, and how precise its least precise arithmetic is."""
+    def _look(self, module: nn.Module, now: tuple[int, Context]) -> Site:
+        """What a call needs to know of this state of the module, in this context."""
         tensors = [*module.parameters(), *module.buffers()]
         device = tensors[0].device if tensors else torch.device("cpu")
         floors = [tolerance_of(tensor.dtype) for tensor in tensors]
@@ -198,19 +210,17 @@ class Attached:
             if torch.is_autocast_enabled(kind):
                 floors.append(tolerance_of(torch.get_autocast_dtype(kind)))
         floors.append({"highest": 0.0, "high": 1e-2}.get(torch.get_float32_matmul_precision(), 5e-2))
-        self._sites[now] = device, max(floors)
-        return self._sites[now]
+        site = self._sites[now] = Site(self._namespace(module, now), device, max(floors))
+        return site
 
     # --- namespaces
 
     def _namespace(self, module: nn.Module, now: tuple[int, Context]) -> str:
-        if now[0] != self._latest:
-            self._superseded(now[0])
-        found = self._namespaces.get(now)
-        if found is None:
-            with self._lock:
+        with self._lock:
+            found = self._namespaces.get(now)
+            if found is None:
                 found = self._namespaces[now] = self._name(module, now)
-        return found
+            return found
 
     def _name(self, module: nn.Module, now: tuple[int, Context]) -> str:
         state, around = now
@@ -252,6 +262,7 @@ class Attached:
         name = self._digest(known.digest, now[1])
         with self._lock:
             before, self._namespaces[now] = self._namespaces.get(now, name), name
+        self._sites.clear()
         if before != name:
             self.memo.store.rename(before, name)  # type: ignore[attr-defined]  # only memory stores hold undigested
         return name

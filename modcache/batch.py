@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +20,7 @@ class NoRowsError(Exception):
     """No argument of the call has rows."""
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(NamedTuple):
     """A part of an argument that has one item per row.
 
     Args:
@@ -38,8 +36,7 @@ class Column:
     single: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """A call as rows.
 
     Args:
@@ -91,7 +88,7 @@ def _single_row(
 ) -> list[tuple[Column, int | None]]:
     """Without a batched argument, the objects that are rows by themselves make one row."""
     marked: list[tuple[Column, int | None]] = [
-        (dataclasses.replace(column, single=True), 1)
+        (column._replace(single=True), 1)
         if is_row(column.value) and not {column.argument, column.path} & broadcast
         else (column, None)
         for column, _ in leaves

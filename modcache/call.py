@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -13,40 +12,30 @@ import torch
 
 from .arguments import Arguments
 from .batch import Batch, NoRowsError, split
-from .compute import Computed, Job, Part, Site, compute, compute_again, run_uncached
+from .compute import Computed, Host, Job, Part, Site, compute, compute_again, run_uncached
 from .digest import NoContentError, digest, encode, frame
 from .errors import CacheMissError, StaleRecordError
 from .explain import Explanation
-from .keys import Keyed, given_keyed
+from .keys import Given, Keyed, given_keyed
 from .keys.parts import shared_digests
 from .keys.registry import encode_registered, is_row
 from .keys.tokens import pad_rows
 from .memo import Bypass, Memo, Options
 from .modes import current_mode
 from .plan import CallPlan, distinct, plan_call, rows_to_serve
+from .recipe import Form, Outline, Recipe, form_of, outline_of, recipe_of
 from .rows import Rows, UnknownClassError, join_rows, tree_of
 from .selfcheck import difference
-from .stats import CallReport, Seconds
+from .stores import Found
 
-__all__ = ["Given", "bypass", "call", "contained", "explained", "keys_of"]
+__all__ = ["bypass", "call", "contained", "explained", "keys_of"]
 
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """Keys that the caller gave for the rows: ``cache_keys=``, or `keys_for` around the call.
-
-    Args:
-        keys: one per row.
-        number: the number of the call of this module within one `keys_for`.
-        source: what to call them in an error.
-    """
-
-    keys: object
-    number: int = 0
-    source: str = "cache_keys"
+_RECIPES = 1024
 
 
-def call(memo: Memo, site: Site, arguments: Arguments, given: Given | None) -> object:
+def call(
+    memo: Memo, site: Site, host: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None
+) -> object:
     """Serve what is stored, compute what is missing, and return what the module would have returned.
 
     Raises:
@@ -56,19 +45,88 @@ def call(memo: Memo, site: Site, arguments: Arguments, given: Given | None) -> o
         Exception: whatever the module itself raises.
     """
     began = perf_counter()
-    batch = None
+    rows = None
     try:
-        batch = _batch_of(memo.options, arguments)
-        if site.grad:
-            _refuse_grad(batch)
-        keyed = _keyed(memo, batch, arguments, given)
-        form = memo.form(keyed, batch)
-        if (blocked := memo.blocked(form)) is not None:
-            raise Bypass(blocked)
-        job = Job(memo, site, arguments, batch, keyed, form, _home(site, batch))
-        return _cached(job, began)
+        outline = outline_of(args, kwargs)
+        number = -1 if given is None else given.number
+        recipe = None if outline is None else memo.recipes.get((outline, number))
+        if recipe is None:
+            job = _job(memo, site, host, args, kwargs, given)
+            rows = job.batch.size
+            _remember(memo, outline, number, job)
+            keyed_at = perf_counter()
+            found = _asked(memo, site.namespace, job.keyed)
+            output = _hit(memo, site, found, job.keyed, job.form, job.home)
+        else:
+            rows = recipe.size
+            if host.grad:
+                _refuse_grad(args, kwargs)
+            keyed = _by_recipe(recipe, args, kwargs, given)
+            keyed_at = perf_counter()
+            found = _asked(memo, site.namespace, keyed)
+            output = _hit(memo, site, found, keyed, recipe.form, recipe.home)
+            if output is _UNKNOWN:
+                arguments = host.bind(args, kwargs)
+                batch = _batch_of(memo.options, arguments)
+                job = Job(memo, site, host, arguments, batch, keyed, recipe.form, recipe.home)
+        if output is _UNKNOWN:
+            if (blocked := memo.blocked(job.form)) is not None:
+                raise Bypass(blocked)
+            return _cached(job, found, began, keyed_at)
     except Bypass as reason:
-        return bypass(memo, site.run, arguments.args, arguments.kwargs, reason, batch.size if batch else None)
+        return bypass(memo, host.run, args, kwargs, reason, rows)
+    memo.count(site.namespace, rows, rows, seconds=(keyed_at - began, perf_counter() - keyed_at, 0.0, 0.0))
+    return output
+
+
+def _job(
+    memo: Memo, site: Site, host: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None
+) -> Job:
+    """Split and key a call of an outline that is not known yet."""
+    arguments = host.bind(args, kwargs)
+    batch = _batch_of(memo.options, arguments)
+    if host.grad:
+        _refuse_grad(args, kwargs)
+    keyed = _keyed(memo, batch, arguments, given)
+    return Job(memo, site, host, arguments, batch, keyed, form_of(batch, keyed), _home(site, batch))
+
+
+def _remember(memo: Memo, outline: Outline | None, number: int, job: Job) -> None:
+    if outline is None or not memo.options.per_row:
+        return
+    recipe = recipe_of(job.batch, job.keyed, job.form, job.home, [*job.arguments.args, *job.arguments.kwargs.values()])
+    if recipe is not None:
+        if len(memo.recipes) >= _RECIPES:
+            memo.recipes.clear()
+        memo.recipes[outline, number] = recipe
+
+
+def _by_recipe(recipe: Recipe, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None) -> Keyed:
+    try:
+        return recipe.keyed(args, kwargs, given)
+    except NoContentError as error:
+        raise _no_key(error) from None
+
+
+def _asked(memo: Memo, namespace: str, keyed: Keyed) -> tuple[Found, ...]:
+    return () if current_mode() == "refresh" else memo.get(namespace, keyed.keys)
+
+
+def _hit(memo: Memo, site: Site, found: tuple[Found, ...], keyed: Keyed, form: Form, home: torch.device) -> object:
+    """The output, if every row of the call is stored and nothing else is to be done."""
+    if (
+        len(found) == 1
+        and len(found[0].positions) == len(keyed.keys)
+        and keyed.tokens is None
+        and not memo.options.verify
+        and memo.passed(site.namespace, form) is not None
+    ):
+        return _built(memo, found[0].rows, home)
+    return _UNKNOWN
+
+
+_UNKNOWN = object()
+"""No output could be put together."""
 
 
 def bypass(
@@ -84,7 +142,7 @@ def bypass(
     if reason.advice is not None:
         memo.say(reason.reason, reason.advice)
     count = _row_count(memo.options, args, kwargs) if rows is None else rows
-    memo.report(CallReport(memo.name, None, count, bypassed=count, reason=reason.reason))
+    memo.count(None, count, bypassed=count, reason=reason.reason)
     return output
 
 
@@ -113,19 +171,19 @@ def _batch_of(options: Options, arguments: Arguments) -> Batch:
     return batch
 
 
-def _refuse_grad(batch: Batch) -> None:
-    for column in batch.columns:
-        if _needs_grad(column.value):
-            _refuse(column.path)
-    for path, value in batch.shared:
+def _refuse_grad(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    for number, value in enumerate(args):
         if _needs_grad(value):
-            _refuse(path)
+            _refuse(f"number {number}")
+    for name, value in kwargs.items():
+        if _needs_grad(value):
+            _refuse(name)
 
 
-def _refuse(path: str) -> None:
+def _refuse(argument: str) -> None:
     raise Bypass(
         "an input needs grad",
-        f"its argument {path} needs grad, which a stored row could not pass on; it runs uncached. Detach the input, "
+        f"its argument {argument} needs grad, which a stored row could not pass on; it runs uncached. Detach the input, "
         "or cache a module that comes before everything trained.",
     )
 
@@ -134,7 +192,7 @@ def _needs_grad(value: object) -> bool:
     if isinstance(value, torch.Tensor):
         return value.requires_grad
     if isinstance(value, list | tuple):
-        return type(value[0]) is not str and any(map(_needs_grad, value)) if value else False
+        return bool(value) and type(value[0]) is not str and any(map(_needs_grad, value))
     return isinstance(value, Mapping) and any(map(_needs_grad, value.values()))
 
 
@@ -147,7 +205,7 @@ def _keyed(memo: Memo, batch: Batch, arguments: Arguments, given: Given | None) 
     extractor = memo.options.extractor
     try:
         if given is not None:
-            return given_keyed(given.keys, batch, given.number, given.source)
+            return given_keyed(given, batch)
         if not memo.options.per_row:
             return _whole_keyed(batch)
         if not extractor.reads(batch):
@@ -158,10 +216,13 @@ def _keyed(memo: Memo, batch: Batch, arguments: Arguments, given: Given | None) 
             )
         return extractor(arguments.bound(), batch)
     except NoContentError as error:
-        raise Bypass(
-            "no key",
-            f"{error}; it runs uncached. Give that type a key with register_key_extractor, or pass cache_keys=.",
-        ) from None
+        raise _no_key(error) from None
+
+
+def _no_key(error: NoContentError) -> Bypass:
+    return Bypass(
+        "no key", f"{error}; it runs uncached. Give that type a key with register_key_extractor, or pass cache_keys=."
+    )
 
 
 def _whole_keyed(batch: Batch) -> Keyed:
@@ -182,15 +243,9 @@ def _home(site: Site, batch: Batch) -> torch.device:
 
 # --- get, plan, compute, put, assemble ------------------------------------------------------------------
 
-_UNKNOWN = object()
-"""No output could be put together."""
-
-
-def _cached(job: Job, began: float) -> object:
+def _cached(job: Job, found: tuple[Found, ...], began: float, keyed_at: float) -> object:
     memo, namespace, keyed = job.memo, job.site.namespace, job.keyed
     mode = current_mode()
-    keyed_at = perf_counter()
-    found = () if mode == "refresh" else memo.get(namespace, keyed.keys)
     unchecked = mode != "require-hit" and memo.passed(namespace, job.form) is None
     plan = plan_call(keyed.keys, found, unchecked=unchecked, ragged=keyed.tokens is not None)
     output = _UNKNOWN if plan.compute else _served(job, plan)
@@ -206,10 +261,9 @@ def _cached(job: Job, began: float) -> object:
         stored_at = perf_counter()
     if memo.options.verify and plan.found:
         _verify(job, plan)
-    rows = job.batch.size
-    seconds = Seconds(keyed_at - began, looked_at - keyed_at, computed_at - looked_at, stored_at - computed_at)
-    count = len(plan.compute)
-    memo.report(CallReport(memo.name, namespace, rows, rows - count, count, seconds=seconds))
+    rows, count = job.batch.size, len(plan.compute)
+    seconds = keyed_at - began, looked_at - keyed_at, computed_at - looked_at, stored_at - computed_at
+    memo.count(namespace, rows, rows - count, count, seconds=seconds)
     return output
 
 
@@ -245,6 +299,7 @@ def _put(job: Job, plan: CallPlan, computed: Computed) -> None:
     memo, keys = job.memo, [job.keyed.keys[place] for place in plan.compute]
     if not computed.checked:
         memo.note_unchecked(job.site.namespace, job.form, keys)
+    memo.note_put(job.host.turn, job.site.namespace, keys)
     for numbers, rows in computed.parts:
         memo.put(job.site.namespace, [keys[number] for number in numbers.tolist()], rows)
     memo.memory.remember(job.site.namespace, job.keyed, shared_digests(job.batch), plan.compute)
@@ -261,13 +316,13 @@ def _put(job: Job, plan: CallPlan, computed: Computed) -> None:
 
 def _served(job: Job, plan: CallPlan) -> object:
     if len(plan.found) == 1 and job.keyed.tokens is None:
-        return _built(job, plan.found[0].rows)
+        return _built(job.memo, plan.found[0].rows, job.home)
     return _joined(job, [(part.positions, part.rows) for part in plan.found])
 
 
 def _assembled(job: Job, plan: CallPlan, computed: Computed) -> object:
     if len(plan.compute) == job.batch.size and job.keyed.tokens is None:
-        return _built(job, computed.parts[0][1])  # the store copies, so what was computed can be handed out
+        return _built(job.memo, computed.parts[0][1], job.home)  # the store copies, so what was computed can be handed out
     places, numbers = rows_to_serve(job.keyed.keys, plan)
     parts: list[Part] = [(part.positions, part.rows) for part in plan.found]
     for own, rows in computed.parts:
@@ -283,15 +338,15 @@ def _joined(job: Job, parts: Sequence[Part]) -> object:
     """All rows in order as one output, if they fit into one layout."""
     if job.keyed.tokens is not None:
         rows = pad_rows(job.batch.size, job.keyed.tokens.width, parts)
-        return _UNKNOWN if rows is None else _built(job, rows)
+        return _UNKNOWN if rows is None else _built(job.memo, rows, job.home)
     if len({rows.layout for _, rows in parts}) > 1:
         return _UNKNOWN
-    return _built(job, join_rows(job.batch.size, parts))
+    return _built(job.memo, join_rows(job.batch.size, parts), job.home)
 
 
-def _built(job: Job, rows: Rows) -> object:
+def _built(memo: Memo, rows: Rows, home: torch.device) -> object:
     try:
-        return tree_of(rows, job.home, whole=not job.memo.options.per_row)
+        return tree_of(rows, home, whole=not memo.options.per_row)
     except UnknownClassError:
         return _UNKNOWN
 

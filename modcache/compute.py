@@ -3,54 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
-from .arguments import Arguments
+from .arguments import Arguments, Binder
 from .batch import Batch
 from .keys import Keyed
 from .keys.tokens import TokenRows, fit_tokens, token_dims, unpad_rows
-from .memo import Bypass, Form, Memo, Options, TokenDims
+from .memo import Bypass, Memo, Options, TokenDims
+from .recipe import Form
 from .rows import NotRowsError, Rows, rows_of
 from .selfcheck import difference, preserved_randomness, rows_to_check
 
-__all__ = ["Computed", "Job", "Part", "Site", "compute", "compute_again", "run_uncached"]
+__all__ = ["Computed", "Host", "Job", "Part", "Site", "compute", "compute_again", "run_uncached"]
 
 Part = tuple[np.ndarray, Rows]
 """Places in a batch, and the rows that belong there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
-    """What a call needs to know of the module that it is for.
+class Site(NamedTuple):
+    """What a call needs to know of the state that a module is in.
 
     Args:
-        run: the module's own forward.
         namespace: names the module as it is now, and the context.
-        device: where the module's parameters are; outputs are expected there unless an input tensor is elsewhere.
+        device: where its parameters are; outputs are expected there unless an input tensor is elsewhere.
         floor: the tolerance of its least precise arithmetic.
-        settle: to be called after each run; the name of a weight that the run changed, if any.
-        grad: whether grad mode is on.
     """
 
-    run: Callable[..., object]
     namespace: str
     device: torch.device
     floor: float
+
+
+class Host(NamedTuple):
+    """The module that is called, as functions.
+
+    Args:
+        run: its own forward.
+        bind: names the arguments of a call.
+        settle: to be called after each run; the name of a weight that the run changed, if any.
+        grad: whether grad mode is on.
+        turn: the number of the look at its weights that this call relies on.
+    """
+
+    run: Callable[..., object]
+    bind: Binder
     settle: Callable[[], str | None]
     grad: bool
+    turn: int
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One call, split and keyed.
 
     Args:
         memo: what the calls of this module share.
-        site: the module as it is now.
+        site: the state that the module is in.
+        host: the module.
         arguments: what the caller gave.
         batch: the same as rows.
         keyed: the keys of the rows.
@@ -60,6 +71,7 @@ class Job:
 
     memo: Memo
     site: Site
+    host: Host
     arguments: Arguments
     batch: Batch
     keyed: Keyed
@@ -67,8 +79,7 @@ class Job:
     home: torch.device
 
 
-@dataclass(frozen=True, slots=True)
-class Computed:
+class Computed(NamedTuple):
     """Rows that the module computed.
 
     Args:
@@ -82,8 +93,7 @@ class Computed:
     checked: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
+class _Run(NamedTuple):
     """One run of the module: what it returned, and whether on the very arguments of the call."""
 
     output: object
@@ -114,7 +124,7 @@ def compute(job: Job, places: list[int], *, check: bool) -> Computed:
     memo, site, tokens = job.memo, job.site, job.keyed.tokens
     width = 0 if tokens is None else int(tokens.lengths[places].max())
     run = _run(job, places, width)
-    moved = site.settle()
+    moved = job.host.settle()
     rows = _rows(job, run)
     if moved is not None:
         _weights_moved(job, run, moved)
@@ -148,13 +158,13 @@ def _fitted(batch: Batch, tokens: TokenRows | None, width: int) -> Batch:
 
 def _run(job: Job, places: list[int], width: int) -> _Run:
     """Run the module on some rows; on the very arguments of the call if these are all its rows in order."""
-    options, site, arguments = job.memo.options, job.site, job.arguments
+    options, arguments = job.memo.options, job.arguments
     batch = _fitted(job.batch, job.keyed.tokens, width)
     whole = batch is job.batch and places == list(range(batch.size))
     taken = arguments if whole else arguments.taken(batch, places)
     before = _versions(taken)
     try:
-        output = run_uncached(options, site.run, taken.args, taken.kwargs)
+        output = run_uncached(options, job.host.run, taken.args, taken.kwargs)
     except Exception as error:
         if whole or _is_out_of_memory(error):
             raise
@@ -184,7 +194,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _only_whole_batches(job: Job, error: Exception) -> NoReturn:
     """The module failed on a part of the batch: does it on the whole? Then it is no matter of rows."""
     arguments = job.arguments
-    output = run_uncached(job.memo.options, job.site.run, arguments.args, arguments.kwargs)
+    output = run_uncached(job.memo.options, job.host.run, arguments.args, arguments.kwargs)
     job.memo.block(job.form, "fails on some of its rows")
     raise Bypass(
         "fails on some of its rows",
@@ -201,7 +211,7 @@ def _rows(job: Job, run: _Run) -> Rows:
         Bypass: it cannot be parted into rows, or something trainable feeds it.
     """
     try:
-        if job.site.grad and _any_needs_grad(run.output):
+        if job.host.grad and _any_needs_grad(run.output):
             raise NotRowsError("its output needs grad: something trainable that is no parameter of it feeds the output")
         return rows_of(run.output, run.rows if job.memo.options.per_row else None, job.home)
     except NotRowsError as error:
@@ -251,7 +261,7 @@ def _self_check(job: Job, places: list[int], rows: Rows, run: _Run, width: int) 
     try:
         with preserved_randomness():
             again = _run_again(job, chosen, other_width)
-            job.site.settle()
+            job.host.settle()
     except Exception as error:
         if _is_out_of_memory(error) or other_width > width:
             return None
@@ -289,7 +299,7 @@ def _run_again(job: Job, chosen: list[int], width: int) -> object:
     batch = _fitted(job.batch, job.keyed.tokens, width)
     whole = batch is job.batch and not job.memo.options.per_row
     taken = job.arguments if whole else job.arguments.taken(batch, chosen)
-    return run_uncached(job.memo.options, job.site.run, taken.args, taken.kwargs)
+    return run_uncached(job.memo.options, job.host.run, taken.args, taken.kwargs)
 
 
 def _comparable(

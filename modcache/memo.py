@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .batch import Batch
 from .explain import Memory
-from .keys import Extractor, Keyed
+from .keys import Extractor
 from .keys.tokens import PaddingWatch
 from .notices import log, warn
+from .recipe import Form, Recipe
 from .rows import Rows
-from .stats import CallHook, CallReport, Counters, Stats
+from .stats import CallHook, CallReport, Counters, Seconds, Stats
 from .stores import Found, Store
 
-__all__ = ["Bypass", "Form", "Memo", "Options"]
+__all__ = ["Bypass", "Memo", "Options", "TokenDims"]
 
 _NOTHING = object()
-
-Form = tuple[object, ...]
-"""What a self-check is valid for: names, kinds, dtypes and ranks of the arguments, and the flags among the shared."""
 
 TokenDims = tuple[tuple[int, ...], ...]
 
@@ -74,6 +73,7 @@ class Memo:
         self.memory = Memory()
         self.padding = PaddingWatch()
         self.hooks: dict[int, CallHook] = {}
+        self.recipes: dict[object, Recipe] = {}
         self._counters = Counters()
         self._lock = threading.Lock()
         self._said: set[str] = set()
@@ -81,6 +81,7 @@ class Memo:
         self._blocked: dict[Form, str] = {}
         self._unchecked: dict[tuple[str, Form], list[bytes]] = {}
         self._moved = 0
+        self._latest: deque[tuple[int, str, Sequence[bytes]]] = deque(maxlen=64)
 
     # --- what was found out about calls of a form
 
@@ -110,6 +111,19 @@ class Memo:
         """Rows were stored although nothing could be checked with them; a failing check drops them."""
         with self._lock:
             self._unchecked.setdefault((namespace, form), []).extend(keys)
+
+    def note_put(self, turn: int, namespace: str, keys: Sequence[bytes]) -> None:
+        """Rows are stored that rely on a look at the weights; a write that is noticed late may reach back to it."""
+        self._latest.append((turn, namespace, keys))
+
+    def drop_since(self, turn: int) -> int:
+        """Drop the rows that rely on looks from this one on; how many were among the latest."""
+        with self._lock:
+            spoiled = [(namespace, keys) for at, namespace, keys in self._latest if at >= turn]
+            self._latest.clear()
+        for namespace, keys in spoiled:
+            self.delete(namespace, keys)
+        return sum(len(keys) for _, keys in spoiled)
 
     def note_moved(self) -> bool:
         """A forward moved weights; whether that has happened too often in a row."""
@@ -161,30 +175,24 @@ class Memo:
             self._said.add(reason)
         warn(f"modcache, {self.name}: {advice}")
 
-    def report(self, report: CallReport) -> None:
-        """Count a call and tell whoever listens."""
-        self._counters.add(report)
-        for hook in tuple(self.hooks.values()):
-            hook(report)
-        log.debug("%s", report)
+    def count(
+        self,
+        namespace: str | None,
+        rows: int,
+        hits: int = 0,
+        computed: int = 0,
+        bypassed: int = 0,
+        reason: str | None = None,
+        seconds: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
+    ) -> None:
+        """Count a call, and tell whoever listens."""
+        self._counters.add(rows, hits, computed, bypassed, reason, seconds)
+        if self.hooks or log.isEnabledFor(logging.DEBUG):
+            report = CallReport(self.name, namespace, rows, hits, computed, bypassed, reason, Seconds(*seconds))
+            log.debug("%s", report)
+            for hook in tuple(self.hooks.values()):
+                hook(report)
 
     def stats(self) -> Stats:
         """What was counted so far."""
         return self._counters.snapshot(self.store.stats().bytes)
-
-    # --- forms
-
-    def form(self, keyed: Keyed, batch: Batch) -> Form:
-        """What a self-check of this call is valid for."""
-        if not batch.shared:
-            return tuple(map(_without_sizes, keyed.metas))
-        shared = tuple((path, type(value), value if type(value) in _FLAGS else None) for path, value in batch.shared)
-        return (*map(_without_sizes, keyed.metas), shared)
-
-
-_FLAGS = frozenset({bool, int, str, type(None)})
-
-
-def _without_sizes(meta: tuple[object, ...]) -> tuple[object, ...]:
-    last = meta[-1]
-    return (*meta[:-1], len(last)) if type(last) is tuple else meta

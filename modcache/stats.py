@@ -129,21 +129,28 @@ class Counters:
         self._reasons: Counter[str] = Counter()
         self._keys = self._lookup = self._computing = self._storing = 0.0
 
-    def add(self, report: CallReport) -> None:
+    def add(
+        self,
+        rows: int,
+        hits: int = 0,
+        computed: int = 0,
+        bypassed: int = 0,
+        reason: str | None = None,
+        seconds: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
+    ) -> None:
         """Count one call."""
         with self._lock:
             self._calls += 1
-            self._rows += report.rows
-            self._hits += report.hits
-            self._computed += report.computed
-            self._bypassed += report.bypassed
-            if report.reason is not None:
-                self._reasons[report.reason] += report.bypassed
-            seconds = report.seconds
-            self._keys += seconds.keys
-            self._lookup += seconds.lookup
-            self._computing += seconds.computing
-            self._storing += seconds.storing
+            self._rows += rows
+            self._hits += hits
+            self._computed += computed
+            self._keys += seconds[0]
+            self._lookup += seconds[1]
+            self._computing += seconds[2]
+            self._storing += seconds[3]
+            if reason is not None:
+                self._bypassed += bypassed
+                self._reasons[reason] += bypassed
 
     def snapshot(self, held: int) -> Stats:
         """What was counted so far, with the bytes that the store holds."""

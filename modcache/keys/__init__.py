@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..batch import Batch, Bound, Column, row
 from ..digest import digest, encode
@@ -23,10 +23,12 @@ from .tokens import TokenRows, find_tokens, token_keys, token_metas
 
 __all__ = [
     "Extractor",
+    "Given",
     "Keyed",
     "custom",
     "extractor_of",
     "given_keyed",
+    "given_keyed_as",
     "path",
     "register_key_extractor",
     "tensor",
@@ -35,8 +37,21 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Keyed:
+class Given(NamedTuple):
+    """Keys that the caller gave for the rows: ``cache_keys=``, or `keys_for` around the call.
+
+    Args:
+        keys: one per row.
+        number: the number of the call of this module within one `keys_for`.
+        source: what to call them in an error.
+    """
+
+    keys: object
+    number: int = 0
+    source: str = "cache_keys"
+
+
+class Keyed(NamedTuple):
     """The keys of a call's rows.
 
     Args:
@@ -45,6 +60,7 @@ class Keyed:
         metas: what is common to the rows, per column: path, kind, dtype, trailing shape.
         parts: the columns again, for who wants their digests one by one.
         tokens: the lengths of the rows, where padding is not part of them.
+        given: whether the caller gave them.
     """
 
     keys: list[bytes]
@@ -52,6 +68,7 @@ class Keyed:
     metas: tuple[Meta, ...]
     parts: tuple[Part, ...]
     tokens: TokenRows | None = None
+    given: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,18 +205,22 @@ def _holds(column: Column, types: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, types) for item in value)
 
 
-def given_keyed(keys: object, batch: Batch, number: int = 0, source: str = "cache_keys") -> Keyed:
+def given_keyed(given: Given, batch: Batch) -> Keyed:
     """The keys of rows that the caller names; what is per row is then not digested.
 
     Raises:
         UsageError: their number is not the number of rows.
         UsageTypeError: they are of a type that cannot be keys.
     """
-    rows = given_rows(keys, batch.size, source)
-    metas = given_metas(batch, number)
-    seed = frame_seed(metas, batch)
+    metas = given_metas(batch, given.number)
+    return given_keyed_as(given, batch.size, metas, frame_seed(metas, batch))
+
+
+def given_keyed_as(given: Given, size: int, metas: tuple[Meta, ...], seed: int) -> Keyed:
+    """The same, where it is known already what the rows have in common."""
+    rows = given_rows(given.keys, size, given.source)
     digests = given_digests(rows, seed)
-    return Keyed(digests, seed, metas, (Digested(("key", "given"), digests, _same),))
+    return Keyed(digests, seed, metas, (Digested(("key", "given"), digests, _same),), given=True)
 
 
 # --- public constructors --------------------------------------------------------------------------------

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -51,8 +50,7 @@ class Part(Protocol):
         """The rows as a small byte matrix, if they are one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Values:
+class Values(NamedTuple):
     """The rows of a tensor: their bytes in C order."""
 
     meta: Meta
@@ -73,8 +71,7 @@ class Values:
         return np.frombuffer(memory_of(values), np.uint8).reshape(count, width)  # kept alive by self.tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Digested:
+class Digested(NamedTuple):
     """Rows that become bytes one by one."""
 
     meta: Meta
@@ -141,8 +138,7 @@ def texts_part(column: Column, rows: Sequence[str]) -> Part:
     return Texts((column.path, "text", *_holder(column)), rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
+class Texts(NamedTuple):
     """Rows of text: their UTF-8 bytes."""
 
     meta: Meta

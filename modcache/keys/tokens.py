@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,10 +130,10 @@ def token_keys(batch: Batch, tokens: TokenRows, seed: int) -> list[bytes]:
 def fit_tokens(batch: Batch, tokens: TokenRows, width: int) -> Batch:
     """The batch with its per-token columns cut, or padded with zeros, to ``width`` tokens."""
     columns = tuple(
-        dataclasses.replace(column, value=_fitted(column.value, width)) if column.path in tokens.paths else column
+        column._replace(value=_fitted(column.value, width)) if column.path in tokens.paths else column
         for column in batch.columns
     )
-    return dataclasses.replace(batch, columns=columns)
+    return batch._replace(columns=columns)
 
 
 def _fitted(value: torch.Tensor, width: int) -> torch.Tensor:

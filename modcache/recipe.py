@@ -1,0 +1,117 @@
+"""What all calls of one outline have in common, worked out once: which arguments are rows, and the seed of their keys."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from .batch import Batch
+from .keys import Given, Keyed, given_keyed_as
+from .keys.parts import Meta, Texts, Values, row_keys
+
+__all__ = ["Form", "Outline", "Recipe", "form_of", "outline_of", "recipe_of"]
+
+Outline = tuple[object, ...]
+"""Types, dtypes, shapes and flags of the arguments: all that splitting a call and framing its keys depends on."""
+
+_FLAGS = frozenset({bool, int, str, type(None)})
+
+
+def outline_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
+    """The outline of a call whose arguments are tensors, lists of text and flags; ``None`` for anything else.
+
+    A float is left out, because ``0.0 == -0.0`` would make one outline of two calls.
+    """
+    outline: list[object] = [len(args), *kwargs]
+    for value in itertools.chain(args, kwargs.values()):
+        cls = type(value)
+        if cls is torch.Tensor:
+            outline += (value.dtype, value.shape, value.device)
+        elif cls is list and set(map(type, value)) == _TEXT:
+            outline += (_TEXT, len(value))
+        elif cls in _FLAGS:
+            outline += (cls, value)
+        else:
+            return None
+    return tuple(outline)
+
+
+_TEXT = frozenset({str})
+
+Form = tuple[object, ...]
+"""What a self-check is valid for: names, kinds, dtypes and ranks of the arguments, and the flags among the shared."""
+
+
+def form_of(batch: Batch, keyed: Keyed) -> Form:
+    """What a self-check of this call is valid for."""
+    if not batch.shared:
+        return tuple(map(_without_sizes, keyed.metas))
+    shared = tuple((path, type(value), value if type(value) in _FLAGS else None) for path, value in batch.shared)
+    return (*map(_without_sizes, keyed.metas), shared)
+
+
+def _without_sizes(meta: Meta) -> Meta:
+    last = meta[-1]
+    return (*meta[:-1], len(last)) if type(last) is tuple else meta
+
+
+class Recipe(NamedTuple):
+    """How to make the keys of calls of one outline.
+
+    Args:
+        size: the number of rows.
+        form: what a self-check of such a call is valid for.
+        home: the device on which outputs are expected.
+        metas: for each per-row argument, what its rows have in common.
+        seed: stands for everything that the rows have in common.
+        places: for each per-row argument, its place among the values of the call; ``None`` where the caller gives
+            the keys.
+    """
+
+    size: int
+    form: Form
+    home: torch.device
+    metas: tuple[Meta, ...]
+    seed: int
+    places: tuple[int, ...] | None
+
+    def keyed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None) -> Keyed:
+        """The keys of a call of this outline.
+
+        Raises:
+            NoContentError: the values of a tensor cannot be read.
+            UsageError: given keys cannot be right.
+        """
+        if given is not None:
+            return given_keyed_as(given, self.size, self.metas, self.seed)
+        values = (*args, *kwargs.values()) if kwargs else args
+        parts = tuple(
+            [
+                Values(meta, value) if type(value := values[place]) is torch.Tensor else Texts(meta, value)
+                for place, meta in zip(self.places or (), self.metas, strict=True)
+            ]
+        )
+        return Keyed(row_keys(parts, self.seed), self.seed, self.metas, parts)
+
+
+def recipe_of(batch: Batch, keyed: Keyed, form: Form, home: torch.device, values: list[object]) -> Recipe | None:
+    """The recipe of a call that was worked out in full, or ``None`` if its keys take more than its columns.
+
+    Args:
+        batch: the call as rows.
+        keyed: its keys.
+        form: what a self-check of it is valid for.
+        home: the device on which outputs are expected.
+        values: the arguments, positional ones first.
+    """
+    if keyed.given:
+        return Recipe(batch.size, form, home, keyed.metas, keyed.seed, None)
+    if keyed.tokens is not None or not all(isinstance(part, Values | Texts) for part in keyed.parts):
+        return None
+    at = {id(value): place for place, value in enumerate(values)}
+    places = tuple(at.get(id(column.value), -1) for column in batch.columns)
+    twice = len(set(places)) < len(places)  # one object given as two arguments
+    return None if twice or -1 in places else Recipe(batch.size, form, home, keyed.metas, keyed.seed, places)
