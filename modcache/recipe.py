@@ -98,7 +98,7 @@ class Recipe(NamedTuple):
 
 
 def recipe_of(batch: Batch, keyed: Keyed, form: Form, home: torch.device, values: list[object]) -> Recipe | None:
-    """The recipe of a call that was worked out in full, or ``None`` if its keys take more than its columns.
+    """The recipe of a call that was worked out in full, or ``None`` if its keys take more than its columns and flags.
 
     Args:
         batch: the call as rows.
@@ -107,6 +107,8 @@ def recipe_of(batch: Batch, keyed: Keyed, form: Form, home: torch.device, values
         home: the device on which outputs are expected.
         values: the arguments, positional ones first.
     """
+    if not all(type(value) in _FLAGS for _, value in batch.shared):
+        return None  # its content is in the seed, and an outline shows the content of flags alone
     if keyed.given:
         return Recipe(batch.size, form, home, keyed.metas, keyed.seed, None)
     if keyed.tokens is not None or not all(isinstance(part, Values | Texts) for part in keyed.parts):
