@@ -26,12 +26,14 @@ _deterministic = torch.are_deterministic_algorithms_enabled
 # How exact float32 products are. Read below the public getters: those warn, or raise once the settings of before and
 # after torch 2.9 are mixed.
 _fp32 = getattr(torch._C, "_get_fp32_precision_getter", None)
+_PRODUCTS = (("cuda", "matmul"), ("cuda", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
+_EXACT = {"none": "ieee"}  # never set, and set back, are the same
 _BEFORE_2_9 = ("_get_float32_matmul_precision", "_get_cudnn_allow_tf32")
 
 
 def _precision() -> tuple[object, ...]:
     if _fp32 is not None:
-        return _fp32("cuda", "matmul"), _fp32("cuda", "conv"), _fp32("mkldnn", "matmul"), _fp32("mkldnn", "conv")
+        return tuple([_EXACT.get(said := _fp32(backend, kind), said) for backend, kind in _PRODUCTS])
     matmul, conv = (getattr(torch._C, name)() for name in _BEFORE_2_9)
     return matmul, conv, None, None
 

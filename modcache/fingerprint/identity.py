@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import threading
+from collections.abc import Callable
 
 from torch import nn
 
@@ -83,6 +85,10 @@ class Identity:
         self.suspect: Suspect | None = None
         """Which rows the last of these may have spoiled."""
 
+    def __reduce__(self) -> tuple[Callable[[], Identity], tuple[()]]:
+        """A copy, or what a pickle holds, follows another module: it starts anew."""
+        return functools.partial(Identity, version=self._version, eager_bytes=self._eager_bytes), ()
+
     def check(self, module: nn.Module, grad: bool) -> Standing:
         """What the module is now; the very same object as last time when nothing moved."""
         turn = self.turn = next(self._turns)
@@ -114,7 +120,7 @@ class Identity:
             self.late_moves += 1
             self.suspect = Suspect(self._number(), max(0, turn - LATE_WITHIN))
             self._weights.forget_devices(look.watch)
-        if moved is Moved.WEIGHTS and look is not None:
+        if moved is Moved.WEIGHTS and look is not None and look.watch.still_readable():
             look = dataclasses.replace(look, watch=look.watch.renewed(), standings=(None, None))
         else:
             look = self._walked(module)
@@ -237,6 +243,7 @@ class Identity:
             after = changes(look.watch, look.facts, found, Watch(found, module), self._weights)
             if after.bookkeeping:
                 self._remember(after, look)
+                self._fingerprints.clear()
                 found = walk(module, self._bookkeeping)
                 renewed = self._kept(found, module)
                 if after.moved is None:

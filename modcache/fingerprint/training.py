@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from .walk import Walk, original_class
 
@@ -19,7 +20,11 @@ _SAFE_NAMES = """
     CircularPad2d CircularPad3d CosineSimilarity PairwiseDistance
     Sequential ModuleList ModuleDict ParameterList ParameterDict
 """.split()
-_SAFE = frozenset(getattr(nn, name) for name in _SAFE_NAMES if hasattr(nn, name))
+_SAFE = frozenset(getattr(nn, name) for name in _SAFE_NAMES if hasattr(nn, name)) | {
+    parametrize.ParametrizationList,  # made in training mode, whatever the mode of the module it is put on
+    parametrizations._WeightNorm,
+    parametrizations._Orthogonal,
+}
 _DROPOUTS = frozenset({nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout})
 _RECURRENT = frozenset({nn.RNN, nn.LSTM, nn.GRU})
 

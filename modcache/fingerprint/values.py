@@ -349,7 +349,9 @@ class Reader:
         """The names of a class and its bases; the code of each that is not a library's is followed."""
         for base in cls.__mro__:
             self._reach_class(base)
-        return frame(b"classes", encode([class_name(base) for base in cls.__mro__]))
+        names = frame(b"classes", encode([class_name(base) for base in cls.__mro__]))
+        patched = [base for base in cls.__mro__ if of_library(base.__module__) and _forward_is_foreign(base)]
+        return names + b"".join(self.value(vars(base)["forward"], f"{class_name(base)}.forward") for base in patched)
 
     def _reach_class(self, cls: type) -> None:
         if not of_library(cls.__module__) and id(cls) not in self.seen.classes:
@@ -418,6 +420,14 @@ class _NamesIn:
     """In the queue: a method of an installed class of which the global names are to be followed."""
 
     fn: types.FunctionType
+
+
+def _forward_is_foreign(cls: type) -> bool:
+    """Whether somebody put another forward into a class of torch."""
+    forward = vars(cls).get("forward")
+    if forward is None or isinstance(forward, types.FunctionType) and forward.__module__ == cls.__module__:
+        return False
+    return not of_library(getattr(forward, "__module__", None))
 
 
 def _plain(value: object) -> bool:

@@ -187,6 +187,8 @@ class Watch:
                 return False
         elif module.__dict__["training"] or any(map(_training, self._dicts)):
             return False
+        if self.sealed and any(map(is_readable, self.sealed.values())):
+            return False
         if not grad:
             return True
         if not self._any_grad:
@@ -221,6 +223,10 @@ class Watch:
                 by_device.setdefault(tensor.device, []).append(tensor)
         self._device_probes = [DeviceProbe(tensors) for tensors in by_device.values()]
 
+    def still_readable(self) -> bool:
+        """Whether the same tensors can be read as before: none was freed, none came back."""
+        return all(map(is_readable, self._pointed)) and not any(map(is_readable, self.sealed.values()))
+
     def renewed(self) -> Watch:
         """A watch over the same places that expects the weights as they are now."""
         other = copy.copy(self)
@@ -247,7 +253,6 @@ class Watch:
             list(map(_data_ptr, self._pointed)) != self._pointers
             or list(map(_version, self._counted)) != self._versions
             or (self._arrays and list(map(_array_pointer, self._arrays)) != self._array_pointers)
-            or (self.sealed and any(map(is_readable, self.sealed.values())))
         ):
             return Moved.WEIGHTS
         if not self._probe.same(turn) or (self._device_probes and any([p.differs() for p in self._device_probes])):
