@@ -21,11 +21,12 @@ from .shelf import Shelf
 from .slab import Batch, Slab
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
     from ..rows import Layout, Rows
+    from .columns import Column
 
 __all__ = ["MemoryStore"]
 
@@ -113,7 +114,7 @@ class MemoryStore:
         with self._changing() as allowed:
             if not allowed or not row_keys:
                 return 0
-            shelf = self._shelves.setdefault(namespace, Shelf(self._account, self._make_slab))
+            shelf = self._shelves.setdefault(namespace, Shelf(self._account, self._make_slab()))
             shelf.retired, shelf.shrunk = None, True
             return self._admit(shelf, Batch(row_keys, rows, self._next_stamp(len(row_keys))))
 
@@ -294,9 +295,13 @@ class MemoryStore:
         self._stamp += count
         return self._stamp - count
 
-    def _make_slab(self, layout: Layout) -> Slab:
-        most = Account().fitting(layout.row_bytes, self._budget.max_bytes)
-        return Slab(layout, functools.partial(self._make_column, most=most))
+    def _make_slab(self) -> Callable[[Layout], Slab]:
+        # Not a method: a shelf that held its store would keep the rows of a dead module until the next collection.
+        return functools.partial(_slab, self._make_column, self._budget.max_bytes)
+
+
+def _slab(make_column: Callable[..., Column], max_bytes: int, layout: Layout) -> Slab:
+    return Slab(layout, functools.partial(make_column, most=Account().fitting(layout.row_bytes, max_bytes)))
 
 
 def _last_of_each(keys: Sequence[bytes]) -> Places:
