@@ -16,9 +16,10 @@ from torch import nn
 
 from .arguments import Arguments, Binder
 from .call import bypass, call
-from .compute import Host, Site
+from .compute import Host
 from .digest import KEY_SCHEME, digest, encode, frame
 from .fingerprint import Fingerprint, Identity, Standing, callable_digest, context, context_facts
+from .hit import Missed, Site, hit
 from .keys import Given, extractor_of
 from .memo import Bypass, Memo, Options
 from .modes import current_mode, given_keys
@@ -121,23 +122,31 @@ class Attached:
     def forward(self, module: nn.Module, original: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module's forward gives, from the store where it can."""
         keys = kwargs.pop("cache_keys", None)
-        run = partial(original.forward, module) if self.inside is None else self.inside
         grad = torch.is_grad_enabled()
         try:
-            self._refuse_situation(module)
+            if (reason := self._unusual(module)) is not None:
+                raise Bypass(reason)
             standing = self.identity.check(module, grad)
             if standing is not self._fine[grad]:
                 self._refuse_standing(standing, grad)
-            if self.identity.late_moves != self._late_moves:
-                self._drop_spoiled()
         except Bypass as reason:
-            return bypass(self.memo, run, args, kwargs, reason)
+            return bypass(self.memo, self._run(module, original), args, kwargs, reason)
+        if self.identity.late_moves != self._late_moves:
+            self._drop_spoiled()
         now = standing.state, context()
         site = self._sites.get(now) or self._look(module, now)
         if standing.state != self._latest:
             self._superseded(standing.state)
-        host = Host(run, self._bind, partial(self.identity.settle, module), grad, self.identity.turn)
-        return call(self.memo, site, host, args, kwargs, self._given(keys))
+        given = self._given(keys)
+        output = hit(self.memo, site, args, kwargs, given, grad)
+        if type(output) is not Missed:
+            return output
+        settle = partial(self.identity.settle, module)
+        host = Host(self._run(module, original), self._bind, settle, grad, self.identity.turn)
+        return call(self.memo, site, host, args, kwargs, given, output)
+
+    def _run(self, module: nn.Module, original: type[nn.Module]) -> Callable[..., Any]:
+        return partial(original.forward, module) if self.inside is None else self.inside
 
     def _given(self, keys: object) -> Given | None:
         if keys is not None:
@@ -145,19 +154,19 @@ class Attached:
         around = given_keys()
         return around and Given(around.keys, around.number(self._token), "keys_for(...)")
 
-    def _refuse_situation(self, module: nn.Module) -> None:
-        if self.closed:
-            raise Bypass("closed")
+    def _unusual(self, module: nn.Module) -> str | None:
+        """What keeps this call from being cached, whatever the module is now."""
         if current_mode() == "off":
-            raise Bypass("mode off")
+            return "mode off"
+        if self.closed:
+            return "closed"
         if torch._C._get_tracing_state() is not None:
-            raise Bypass("torch.jit.trace")
+            return "torch.jit.trace"
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise Bypass("a torch.func transform")
+            return "a torch.func transform"
         if torch._C._len_torch_dispatch_stack():
-            raise Bypass("a dispatch mode")
-        if "_is_replica" in module.__dict__:
-            raise Bypass("a DataParallel replica")
+            return "a dispatch mode"
+        return "a DataParallel replica" if "_is_replica" in module.__dict__ else None
 
     def _drop_spoiled(self) -> None:
         """Weights were written unnoticed a few calls ago: rows stored since then may be of either state."""

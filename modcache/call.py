@@ -12,10 +12,11 @@ import torch
 
 from .arguments import Arguments
 from .batch import Batch, NoRowsError, split
-from .compute import Computed, Host, Job, Part, Site, compute, compute_again, run_uncached
+from .compute import Computed, Host, Job, Part, compute, compute_again, run_uncached
 from .digest import NoContentError, digest, encode, frame
 from .errors import CacheMissError, StaleRecordError
 from .explain import Explanation
+from .hit import Missed, Site
 from .keys import Given, Keyed, given_keyed
 from .keys.parts import shared_digests
 from .keys.registry import encode_registered, is_row
@@ -23,7 +24,7 @@ from .keys.tokens import pad_rows
 from .memo import Bypass, Memo, Options
 from .modes import current_mode
 from .plan import CallPlan, distinct, plan_call, rows_to_serve
-from .recipe import Form, Outline, Recipe, form_of, outline_of, recipe_of
+from .recipe import Outline, form_of, recipe_of
 from .rows import Rows, UnknownClassError, join_rows, tree_of
 from .selfcheck import difference
 from .stores import Found
@@ -32,63 +33,59 @@ __all__ = ["bypass", "call", "contained", "explained", "keys_of"]
 
 _RECIPES = 1024
 
+_UNKNOWN = object()
+"""No output could be put together."""
+
 
 def call(
-    memo: Memo, site: Site, host: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None
+    memo: Memo,
+    site: Site,
+    host: Host,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    given: Given | None,
+    missed: Missed,
 ) -> object:
     """Serve what is stored, compute what is missing, and return what the module would have returned.
+
+    Args:
+        memo: what the calls of this module share.
+        site: the state that the module is in.
+        host: the module.
+        args: the positional arguments.
+        kwargs: the others.
+        given: keys that the caller gave.
+        missed: what is known of the call already.
 
     Raises:
         CacheMissError: rows are missing in mode "require-hit".
         StaleRecordError: a verified row was not what the module gives now.
         KeyExtractionError, UsageError: a key function or given keys cannot be right.
+        TypeError: the module does not take these arguments.
         Exception: whatever the module itself raises.
     """
     began = perf_counter()
-    rows = None
+    batch = None
     try:
-        outline = outline_of(args, kwargs)
-        number = -1 if given is None else given.number
-        recipe = None if outline is None else memo.recipes.get((outline, number))
-        if recipe is None:
-            job = _job(memo, site, host, args, kwargs, given)
-            rows = job.batch.size
-            _remember(memo, outline, number, job)
-            keyed_at = perf_counter()
-            found = _asked(memo, site.namespace, job.keyed)
-            output = _hit(memo, site, found, job.keyed, job.form, job.home)
+        arguments = host.bind(args, kwargs)
+        batch = _batch_of(memo.options, arguments)
+        if host.grad:
+            _refuse_grad(arguments)
+        if missed.recipe is not None and missed.keyed is not None:
+            recipe, keyed, found = missed.recipe, missed.keyed, missed.found
+            job = Job(memo, site, host, arguments, batch, keyed, recipe.form, recipe.home)
+            keyed_at = began
         else:
-            rows = recipe.size
-            if host.grad:
-                _refuse_grad(args, kwargs)
-            keyed = _by_recipe(recipe, args, kwargs, given)
+            keyed = _keyed(memo, batch, arguments, given)
+            job = Job(memo, site, host, arguments, batch, keyed, form_of(batch, keyed), _home(site, batch))
+            _remember(memo, missed.outline, -1 if given is None else given.number, job)
             keyed_at = perf_counter()
-            found = _asked(memo, site.namespace, keyed)
-            output = _hit(memo, site, found, keyed, recipe.form, recipe.home)
-            if output is _UNKNOWN:
-                arguments = host.bind(args, kwargs)
-                batch = _batch_of(memo.options, arguments)
-                job = Job(memo, site, host, arguments, batch, keyed, recipe.form, recipe.home)
-        if output is _UNKNOWN:
-            if (blocked := memo.blocked(job.form)) is not None:
-                raise Bypass(blocked)
-            return _cached(job, found, began, keyed_at)
+            found = () if current_mode() == "refresh" else memo.get(site.namespace, keyed.keys)
+        if (blocked := memo.blocked(job.form)) is not None:
+            raise Bypass(blocked)
+        return _cached(job, found, began, keyed_at)
     except Bypass as reason:
-        return bypass(memo, host.run, args, kwargs, reason, rows)
-    memo.count(site.namespace, rows, rows, seconds=(keyed_at - began, perf_counter() - keyed_at, 0.0, 0.0))
-    return output
-
-
-def _job(
-    memo: Memo, site: Site, host: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None
-) -> Job:
-    """Split and key a call of an outline that is not known yet."""
-    arguments = host.bind(args, kwargs)
-    batch = _batch_of(memo.options, arguments)
-    if host.grad:
-        _refuse_grad(args, kwargs)
-    keyed = _keyed(memo, batch, arguments, given)
-    return Job(memo, site, host, arguments, batch, keyed, form_of(batch, keyed), _home(site, batch))
+        return bypass(memo, host.run, args, kwargs, reason, None if batch is None else batch.size)
 
 
 def _remember(memo: Memo, outline: Outline | None, number: int, job: Job) -> None:
@@ -99,34 +96,6 @@ def _remember(memo: Memo, outline: Outline | None, number: int, job: Job) -> Non
         if len(memo.recipes) >= _RECIPES:
             memo.recipes.clear()
         memo.recipes[outline, number] = recipe
-
-
-def _by_recipe(recipe: Recipe, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None) -> Keyed:
-    try:
-        return recipe.keyed(args, kwargs, given)
-    except NoContentError as error:
-        raise _no_key(error) from None
-
-
-def _asked(memo: Memo, namespace: str, keyed: Keyed) -> tuple[Found, ...]:
-    return () if current_mode() == "refresh" else memo.get(namespace, keyed.keys)
-
-
-def _hit(memo: Memo, site: Site, found: tuple[Found, ...], keyed: Keyed, form: Form, home: torch.device) -> object:
-    """The output, if every row of the call is stored and nothing else is to be done."""
-    if (
-        len(found) == 1
-        and len(found[0].positions) == len(keyed.keys)
-        and keyed.tokens is None
-        and not memo.options.verify
-        and memo.passed(site.namespace, form) is not None
-    ):
-        return _built(memo, found[0].rows, home)
-    return _UNKNOWN
-
-
-_UNKNOWN = object()
-"""No output could be put together."""
 
 
 def bypass(
@@ -171,11 +140,8 @@ def _batch_of(options: Options, arguments: Arguments) -> Batch:
     return batch
 
 
-def _refuse_grad(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    for number, value in enumerate(args):
-        if _needs_grad(value):
-            _refuse(f"number {number}")
-    for name, value in kwargs.items():
+def _refuse_grad(arguments: Arguments) -> None:
+    for name, value in arguments.bound():
         if _needs_grad(value):
             _refuse(name)
 

@@ -10,6 +10,7 @@ import torch
 
 from .arguments import Arguments, Binder
 from .batch import Batch
+from .hit import Site
 from .keys import Keyed
 from .keys.tokens import TokenRows, fit_tokens, token_dims, unpad_rows
 from .memo import Bypass, Memo, Options, TokenDims
@@ -17,24 +18,10 @@ from .recipe import Form
 from .rows import NotRowsError, Rows, rows_of
 from .selfcheck import difference, preserved_randomness, rows_to_check
 
-__all__ = ["Computed", "Host", "Job", "Part", "Site", "compute", "compute_again", "run_uncached"]
+__all__ = ["Computed", "Host", "Job", "Part", "compute", "compute_again", "run_uncached"]
 
 Part = tuple[np.ndarray, Rows]
 """Places in a batch, and the rows that belong there."""
-
-
-class Site(NamedTuple):
-    """What a call needs to know of the state that a module is in.
-
-    Args:
-        namespace: names the module as it is now, and the context.
-        device: where its parameters are; outputs are expected there unless an input tensor is elsewhere.
-        floor: the tolerance of its least precise arithmetic.
-    """
-
-    namespace: str
-    device: torch.device
-    floor: float
 
 
 class Host(NamedTuple):

@@ -20,15 +20,17 @@ Outline = tuple[object, ...]
 _FLAGS = frozenset({bool, int, str, type(None)})
 
 
-def outline_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outline | None:
+def outline_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], grad: bool) -> Outline | None:
     """The outline of a call whose arguments are tensors, lists of text and flags; ``None`` for anything else.
+
+    With ``grad``, a tensor that requires grad is something else as well.
 
     A float is left out, because ``0.0 == -0.0`` would make one outline of two calls.
     """
     outline: list[object] = [len(args), *kwargs]
     for value in itertools.chain(args, kwargs.values()):
         cls = type(value)
-        if cls is torch.Tensor:
+        if cls is torch.Tensor and not (grad and value.requires_grad):
             outline += (value.dtype, value.shape, value.device)
         elif cls is list and set(map(type, value)) == _TEXT:
             outline += (_TEXT, len(value))

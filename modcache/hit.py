@@ -1,0 +1,87 @@
+"""A hit, from the arguments to the output: a recipe, the keys, one gather."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+
+from .digest import NoContentError
+from .keys import Given, Keyed
+from .memo import Memo
+from .modes import current_mode
+from .recipe import Outline, Recipe, outline_of
+from .rows import UnknownClassError, tree_of
+from .stores import Found
+
+__all__ = ["Missed", "Site", "hit"]
+
+
+class Site(NamedTuple):
+    """What a call needs to know of the state that a module is in.
+
+    Args:
+        namespace: names the module as it is now, and the context.
+        device: where its parameters are; outputs are expected there unless an input tensor is elsewhere.
+        floor: the tolerance of its least precise arithmetic.
+    """
+
+    namespace: str
+    device: torch.device
+    floor: float
+
+
+class Missed(NamedTuple):
+    """A call that is no plain hit, and what was worked out of it so far.
+
+    Args:
+        outline: types and shapes of the arguments, if they are of the simple kinds.
+        recipe: how calls of this outline are keyed, if that is known.
+        keyed: the keys of its rows, if there is a recipe.
+        found: what the store has of them.
+    """
+
+    outline: Outline | None = None
+    recipe: Recipe | None = None
+    keyed: Keyed | None = None
+    found: tuple[Found, ...] = ()
+
+
+def hit(
+    memo: Memo, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None, grad: bool
+) -> Any:
+    """The output of a call all of whose rows are stored and of whose outline one was seen before, or `Missed`.
+
+    Everything else about a call (what is wrong with it, what is to be computed) is for `call` to find out.
+    """
+    began = perf_counter()
+    outline = outline_of(args, kwargs, grad)
+    if outline is None:
+        return _NOTHING
+    recipe = memo.recipes.get((outline, -1 if given is None else given.number))
+    if recipe is None or current_mode() == "refresh" or memo.options.verify:
+        return Missed(outline)
+    try:
+        keyed = recipe.keyed(args, kwargs, given)
+    except NoContentError:
+        return Missed(outline)
+    keyed_at = perf_counter()
+    found = memo.get(site.namespace, keyed.keys)
+    if (
+        len(found) != 1
+        or len(found[0].positions) != recipe.size
+        or memo.passed(site.namespace, recipe.form) is None
+    ):
+        return Missed(outline, recipe, keyed, found)
+    try:
+        output = tree_of(found[0].rows, recipe.home)
+    except UnknownClassError:
+        return Missed(outline, recipe, keyed)
+    size = recipe.size
+    memo.count(site.namespace, size, size, seconds=(keyed_at - began, perf_counter() - keyed_at, 0.0, 0.0))
+    return output
+
+
+_NOTHING = Missed()
