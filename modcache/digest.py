@@ -16,7 +16,7 @@ import os
 import pathlib
 import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -87,7 +87,10 @@ def encode(value: object, more: Encoder | None = None) -> bytes:
         return plain(value)
     if more is not None and (known := more(value)) is not None:
         return known
-    return _encode_other(value, more)
+    try:
+        return _encode_other(value, more)
+    except RecursionError:
+        raise NoContentError(f"a {type(value).__qualname__} is nested too deep, or contains itself") from None
 
 
 def _encode_int(value: int) -> bytes:
@@ -115,28 +118,45 @@ _PLAIN: dict[type, Callable[..., bytes]] = {
 }
 
 
+_EXACT: dict[type, Callable[..., object]] = {
+    int: int.__index__,
+    float: float.__float__,
+    str: str.__str__,
+    bytes: lambda value: bytes(memoryview(value)),
+}
+"""What an object of a subclass holds; its own ``__str__`` is not asked, it may say anything."""
+
+
 def _encode_other(value: object, more: Encoder | None) -> bytes:
-    """Containers and the rest, by what they are; a subclass keeps its name."""
+    """Containers and the rest, by what they are; a subclass keeps its name and what was set on it."""
     cls = type(value)
     name = f"{cls.__module__}.{cls.__qualname__}".encode()
     if isinstance(value, torch.Tensor):
         return _encode_tensor(value)
     if isinstance(value, np.ndarray | np.generic):
-        return _encode_array(value)
-    if isinstance(value, enum.Enum):
-        return frame(b"enum", _join([frame(b"t", name), _encode_text(value.name), encode(value.value, more)]))
+        return _encode_array(value, more)
+    if isinstance(value, enum.Enum):  # a combination of flags may have no name
+        return frame(b"enum", _join([frame(b"t", name), encode(value.name), encode(value.value, more)]))
     if dataclasses.is_dataclass(value) and not isinstance(value, Mapping):
-        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return frame(b"data", frame(b"t", name) + _encode_pairs(pairs, more))
+        names = [field.name for field in dataclasses.fields(value)]
+        pairs = ((field, getattr(value, field)) for field in names)
+        return frame(
+            b"data", frame(b"t", name) + _encode_pairs(pairs, more) + _encode_set_on(value, more, names)
+        )
     if isinstance(value, tuple | list):
         tag = {tuple: b"(", list: b"["}.get(cls)
         items = _join(encode(item, more) for item in value)
-        return frame(tag, items) if tag else frame(b"sequence", frame(b"t", name) + items)
+        return (
+            frame(tag, items)
+            if tag
+            else frame(b"sequence", frame(b"t", name) + items + _encode_set_on(value, more))
+        )
     if isinstance(value, Mapping):
         pairs_bytes = _encode_pairs(value.items(), more)
         return frame(b"{", pairs_bytes) if cls is dict else frame(b"map", frame(b"t", name) + pairs_bytes)
     if isinstance(value, set | frozenset):
-        return frame(b"set", frame(b"t", name) + _join(sorted(encode(item, more) for item in value)))
+        items = _join(sorted(encode(item, more) for item in value))
+        return frame(b"set", frame(b"t", name) + items + _encode_set_on(value, more))
     if isinstance(value, pathlib.PurePath):
         return frame(b"path", frame(b"t", name) + _encode_text(str(value)))
     if isinstance(value, range | slice):
@@ -144,24 +164,40 @@ def _encode_other(value: object, more: Encoder | None) -> bytes:
         return frame(b"span", frame(b"t", name) + _join(encode(part, more) for part in parts))
     for base in (int, float, str, bytes):
         if isinstance(value, base):
-            return frame(b"sub", frame(b"t", name) + _PLAIN[base](base(value)))
-    raise NoContentError(f"an object of type {cls.__module__}.{cls.__qualname__} has no content to make a key of")
+            held = _PLAIN[base](_EXACT[base](value))
+            return frame(b"sub", frame(b"t", name) + held + _encode_set_on(value, more))
+    raise NoContentError(
+        f"an object of type {cls.__module__}.{cls.__qualname__} has no content to make a key of"
+    )
 
 
 def _encode_pairs(pairs: Iterable[tuple[object, object]], more: Encoder | None) -> bytes:
     return _join(encode(key, more) + encode(item, more) for key, item in pairs)
 
 
+def _encode_set_on(value: object, more: Encoder | None, known: Sequence[str] = ()) -> bytes:
+    """What was set on an object beside its items or fields; mostly nothing."""
+    extra = {name: item for name, item in getattr(value, "__dict__", {}).items() if name not in known}
+    return frame(b"set on", _encode_pairs(extra.items(), more)) if extra else b""
+
+
 def _join(parts: Iterable[bytes]) -> bytes:
     return b"".join(parts)
 
 
-def _encode_array(value: np.ndarray | np.generic) -> bytes:
+def _encode_array(value: np.ndarray | np.generic, more: Encoder | None) -> bytes:
+    if isinstance(value, np.ndarray) and type(value) not in (np.ndarray, np.memmap):  # a mask, units, ...
+        cls = type(value)
+        raise NoContentError(
+            f"an array of type {cls.__module__}.{cls.__qualname__} may hold more than its values show"
+        )
     array = np.asarray(value)
     if array.dtype.hasobject:
         items = array.ravel().tolist()
-        return frame(b"objects", encode(array.shape) + encode(items))
-    head = encode(array.dtype.str if array.dtype.names is None else str(array.dtype.descr)) + encode(array.shape)
+        return frame(b"objects", encode(array.shape) + encode(items, more))
+    head = encode(array.dtype.str if array.dtype.names is None else str(array.dtype.descr)) + encode(
+        array.shape
+    )
     kind = b"ndarray" if isinstance(value, np.ndarray) else b"scalar"
     return frame(kind, head + digest(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
 
@@ -174,7 +210,11 @@ def _encode_tensor(value: torch.Tensor) -> bytes:
 
 
 _ORDINARY = frozenset(
-    {torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor)}  # Buffer came with torch 2.5
+    {
+        torch.Tensor,
+        torch.nn.Parameter,
+        getattr(torch.nn, "Buffer", torch.Tensor),
+    }  # Buffer came with torch 2.5
 )
 
 
@@ -210,7 +250,7 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     ``.numpy()`` would forbid the storage to be resized for good, which breaks sharded training; so the memory
     is borrowed by its address. The caller keeps the tensor alive while it looks.
     """
-    size = tensor.numel() * tensor.element_size()
+    size = tensor.nbytes
     if size == 0:
         return memoryview(b"")
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
@@ -240,13 +280,28 @@ def tensor_digest(tensor: torch.Tensor) -> bytes:
 
 def tensor_row_digests(tensor: torch.Tensor, seed: int) -> list[bytes]:
     """One digest per row (dim 0) of a tensor: of the row's values in C order, any dtype, any strides."""
-    values = settled(tensor)
+    values = tensor if _lies_ready(tensor) else settled(tensor)
     count = values.shape[0]
-    width = values[0].numel() * values.element_size() if count else 0
-    if width >= _STRIDED_ROW and not values.is_contiguous():
-        return _strided_row_digests(values, seed)
-    values = values.contiguous()
+    width = values.nbytes // count if count else 0
+    if not values.is_contiguous():
+        if width >= _STRIDED_ROW:
+            return _strided_row_digests(values, seed)
+        values = values.contiguous()
     return row_digests(memory_of(values), count, width, seed)
+
+
+def _lies_ready(tensor: torch.Tensor) -> bool:
+    """Whether the bytes of a tensor are its values as they are: what `settled` would find out at some length."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not (tensor.is_quantized or tensor.is_nested)
+        and tensor.is_contiguous()
+        and not (tensor.is_conj() or tensor.is_neg())
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize >= tensor.nbytes
+    )
 
 
 def _strided_row_digests(values: torch.Tensor, seed: int) -> list[bytes]:
@@ -273,7 +328,11 @@ def row_digests(memory: memoryview, count: int, width: int, seed: int) -> list[b
     if 0 < width < _LARGE_ROW:
         rows = _row_struct(width, count).unpack(memory)
     else:
-        rows = [memory[start : start + width] for start in range(0, count * width, width)] if width else [b""] * count
+        rows = (
+            [memory[start : start + width] for start in range(0, count * width, width)]
+            if width
+            else [b""] * count
+        )
     return list(map(functools.partial(digest, seed=seed), rows))
 
 
