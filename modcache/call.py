@@ -71,8 +71,9 @@ def call(
         batch = _batch_of(memo.options, arguments)
         if host.grad:
             _refuse_grad(arguments)
-        if missed.recipe is not None and missed.keyed is not None:
-            recipe, keyed, found = missed.recipe, missed.keyed, missed.found
+        if missed.recipe is not None and missed.keys is not None:
+            recipe, found = missed.recipe, missed.found
+            keyed = recipe.keyed(missed.keys, args, kwargs, given)
             job = Job(memo, site, host, arguments, batch, keyed, recipe.form, recipe.home)
             keyed_at = began
         else:

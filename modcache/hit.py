@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .digest import NoContentError
-from .keys import Given, Keyed
+from .keys import Given
 from .memo import Memo
 from .modes import current_mode
 from .recipe import Outline, Recipe, outline_of
@@ -39,13 +39,13 @@ class Missed(NamedTuple):
     Args:
         outline: types and shapes of the arguments, if they are of the simple kinds.
         recipe: how calls of this outline are keyed, if that is known.
-        keyed: the keys of its rows, if there is a recipe.
+        keys: the keys of its rows, if there is a recipe.
         found: what the store has of them.
     """
 
     outline: Outline | None = None
     recipe: Recipe | None = None
-    keyed: Keyed | None = None
+    keys: list[bytes] | None = None
     found: tuple[Found, ...] = ()
 
 
@@ -64,21 +64,21 @@ def hit(
     if recipe is None or current_mode() == "refresh" or memo.options.verify:
         return Missed(outline)
     try:
-        keyed = recipe.keyed(args, kwargs, given)
+        keys = recipe.keys(args, kwargs, given)
     except NoContentError:
         return Missed(outline)
     keyed_at = perf_counter()
-    found = memo.get(site.namespace, keyed.keys)
+    found = memo.get(site.namespace, keys)
     if (
         len(found) != 1
         or len(found[0].positions) != recipe.size
         or memo.passed(site.namespace, recipe.form) is None
     ):
-        return Missed(outline, recipe, keyed, found)
+        return Missed(outline, recipe, keys, found)
     try:
         output = tree_of(found[0].rows, recipe.home)
     except UnknownClassError:
-        return Missed(outline, recipe, keyed)
+        return Missed(outline, recipe, keys)
     size = recipe.size
     memo.count(site.namespace, size, size, seconds=(keyed_at - began, perf_counter() - keyed_at, 0.0, 0.0))
     return output

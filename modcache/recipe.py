@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .batch import Batch
+from .digest import tensor_row_digests
 from .keys import Given, Keyed, given_keyed_as
-from .keys.parts import Meta, Texts, Values, row_keys
+from .keys.given import given_keys
+from .keys.parts import Meta, Part, Texts, Values, row_keys, text_digests
 
 __all__ = ["Form", "Outline", "Recipe", "form_of", "outline_of", "recipe_of"]
 
@@ -80,23 +82,35 @@ class Recipe(NamedTuple):
     seed: int
     places: tuple[int, ...] | None
 
-    def keyed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None) -> Keyed:
-        """The keys of a call of this outline.
+    def keys(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None) -> list[bytes]:
+        """The keys of the rows of a call of this outline.
 
         Raises:
             NoContentError: the values of a tensor cannot be read.
             UsageError: given keys cannot be right.
         """
         if given is not None:
-            return given_keyed_as(given, self.size, self.metas, self.seed)
-        values = (*args, *kwargs.values()) if kwargs else args
-        parts = tuple(
+            return given_keys(given.keys, self.size, self.seed, given.source)
+        if self.places == (0,) and args:
+            value = args[0]
+            return tensor_row_digests(value, self.seed) if type(value) is torch.Tensor else text_digests(value, self.seed)
+        return row_keys(self.parts(args, kwargs), self.seed)
+
+    def parts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Part, ...]:
+        """The per-row arguments of a call of this outline, as what their keys are made of."""
+        values = (*args, *kwargs.values())
+        return tuple(
             [
                 Values(meta, value) if type(value := values[place]) is torch.Tensor else Texts(meta, value)
                 for place, meta in zip(self.places or (), self.metas, strict=True)
             ]
         )
-        return Keyed(row_keys(parts, self.seed), self.seed, self.metas, parts)
+
+    def keyed(self, keys: list[bytes], args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None) -> Keyed:
+        """The keys of a call of this outline with what they are made of."""
+        if given is not None:
+            return given_keyed_as(given, self.size, self.metas, self.seed)
+        return Keyed(keys, self.seed, self.metas, self.parts(args, kwargs))
 
 
 def recipe_of(batch: Batch, keyed: Keyed, form: Form, home: torch.device, values: list[object]) -> Recipe | None:

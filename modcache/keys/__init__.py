@@ -16,7 +16,7 @@ from ..batch import Batch, Bound, Column, row
 from ..digest import digest, encode
 from ..errors import KeyExtractionError, UsageError, UsageTypeError
 from .files import CHECKS
-from .given import given_digests, given_metas, given_rows
+from .given import given_keys, given_metas
 from .parts import Digested, Meta, Part, frame_seed, part_of, paths_part, row_keys
 from .registry import checked_key, register_key_extractor
 from .tokens import TokenRows, find_tokens, token_keys, token_metas
@@ -218,8 +218,7 @@ def given_keyed(given: Given, batch: Batch) -> Keyed:
 
 def given_keyed_as(given: Given, size: int, metas: tuple[Meta, ...], seed: int) -> Keyed:
     """The same, where it is known already what the rows have in common."""
-    rows = given_rows(given.keys, size, given.source)
-    digests = given_digests(rows, seed)
+    digests = given_keys(given.keys, size, seed, given.source)
     return Keyed(digests, seed, metas, (Digested(("key", "given"), digests, _same),), given=True)
 
 

@@ -28,7 +28,7 @@ from ..rows import bytes_of
 from .files import path_key
 from .registry import encode_registered, has_extractor
 
-__all__ = ["Digested", "Meta", "Part", "Values", "frame_seed", "part_of", "paths_part", "row_keys", "texts_part"]
+__all__ = ["Digested", "Meta", "Part", "Values", "frame_seed", "part_of", "paths_part", "row_keys", "shared_digests", "text_digests", "texts_part"]
 
 Meta = tuple[object, ...]
 """What is the same for all rows of a column: path, kind, dtype, trailing shape. Hashable."""
@@ -145,14 +145,19 @@ class Texts(NamedTuple):
     rows: Sequence[str]
 
     def digests(self, seed: int) -> list[bytes]:
-        keyed = functools.partial(digest, seed=seed)
-        try:
-            return list(map(keyed, map(str.encode, self.rows)))
-        except UnicodeEncodeError:  # lone surrogates
-            return list(map(keyed, map(_utf8, self.rows)))
+        return text_digests(self.rows, seed)
 
     def matrix(self) -> np.ndarray | None:
         return None
+
+
+def text_digests(rows: Sequence[str], seed: int) -> list[bytes]:
+    """One digest per text."""
+    keyed = functools.partial(digest, seed=seed)
+    try:
+        return list(map(keyed, map(str.encode, rows)))
+    except UnicodeEncodeError:  # lone surrogates
+        return list(map(keyed, map(_utf8, rows)))
 
 
 def paths_part(column: Column, rows: Sequence[Any], check: str) -> Part:
