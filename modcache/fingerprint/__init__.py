@@ -1,9 +1,9 @@
 """What a module is in content, and whether it is still what it was at the last look."""
 
+from .callables import callable_digest
 from .context import context, context_facts
 from .facts import UNDETERMINED, Fingerprint, Standing, Suspect
 from .identity import Identity
-from .values import callable_digest
 
 __all__ = [
     "UNDETERMINED",

@@ -6,9 +6,12 @@ import dis
 import functools
 import sys
 import types
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ..digest import encode, frame
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _LOADS_GLOBAL = frozenset(dis.opmap[name] for name in ("LOAD_GLOBAL", "LOAD_NAME") if name in dis.opmap)
 _LOAD_GLOBAL = dis.opmap["LOAD_GLOBAL"]
@@ -22,7 +25,7 @@ def _bytes_of(identity: _Exactly) -> bytes:
 
 
 class _Exactly:
-    """A code object compared by identity (code objects of equal bytecode on other lines are unequal, 1 == 1.0)."""
+    """A code object compared by identity: by ``==``, those of ``x + 1`` and ``x + True`` could agree."""
 
     __slots__ = ("code",)
 
@@ -91,7 +94,9 @@ def global_names(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]
     return _names_of(_Exactly(code))
 
 
-_LIBRARIES = frozenset({"torch", "torchgen", "functorch", "triton", "numpy", "modcache", *sys.stdlib_module_names})
+_LIBRARIES = frozenset(
+    {"torch", "torchgen", "functorch", "triton", "numpy", "modcache", *sys.stdlib_module_names}
+)
 
 
 def of_library(module_name: object) -> bool:
@@ -101,6 +106,6 @@ def of_library(module_name: object) -> bool:
 
 
 def installed(namespace: Mapping[str, object]) -> bool:
-    """Whether the namespace of a Python module belongs to an installed package, not to the user's own code."""
+    """Whether the namespace of a Python module is that of an installed package, not the user's own code."""
     path = namespace.get("__file__")
     return isinstance(path, str) and ("site-packages" in path or "dist-packages" in path)

@@ -23,8 +23,8 @@ _default_dtype = torch.get_default_dtype
 _deterministic = torch.are_deterministic_algorithms_enabled
 
 
-# How exact float32 products are. Read below the public getters: those warn, or raise once the settings of before and
-# after torch 2.9 are mixed.
+# How exact float32 products are. Read below the public getters: those warn, or raise once the settings of
+# before and after torch 2.9 are mixed.
 _fp32 = getattr(torch._C, "_get_fp32_precision_getter", None)
 _PRODUCTS = (("cuda", "matmul"), ("cuda", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
 _EXACT = {"none": "ieee"}  # never set, and set back, are the same

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 UNDETERMINED = -1
 
@@ -13,8 +16,9 @@ class Standing:
     """What a module is now, as far as a cache cares.
 
     Attributes:
-        state: the number of its content: the same content has the same number, also when it comes back. It is -1
-            while nobody can use it (something is trainable or in training), because looking would cost a digest per step.
+        state: the number of its content: the same content has the same number, also when it comes back. It
+            is -1 while nobody can use it (something is trainable or in training): looking would cost a digest
+            per step.
         trainable: the first parameter, buffer or attribute that requires grad, if grad mode is on.
         training: the first submodule in training mode that may be random or depend on its batch.
         unreadable: weights of which the values cannot be read.
@@ -36,7 +40,7 @@ class Fingerprint:
 
     Attributes:
         digest: names all of it.
-        parts: readable names ("class of layer.3", "layer.3.weight", "attributes of layer.3") with a digest each.
+        parts: readable names ("class of layer.3", "layer.3.weight") with a digest each.
         weights: the digest over all tensors only.
         opaque: what counted by its class name only.
         bookkeeping: places that a forward was seen to change.
@@ -51,7 +55,7 @@ class Fingerprint:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Suspect:
-    """Rows that a write noticed late may have spoiled: those stored in ``state`` since the check numbered ``since``."""
+    """Rows that a late write may have spoiled: those stored in ``state`` since check number ``since``."""
 
     state: int
     since: int

@@ -7,9 +7,7 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ..digest import digest, encode
 from .facts import UNDETERMINED, Fingerprint, Standing, Suspect
@@ -18,6 +16,12 @@ from .training import first_in_training
 from .walk import Walk, walk
 from .watch import LATE_WITHIN, Moved, Watch
 from .weights import Weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from torch import nn
 
 _SMALL_BUFFER = 1 << 16  # DDP sends its buffers again at each step: these are compared by content, uncounted
 _SAME_IN_A_ROW = 3
@@ -57,8 +61,8 @@ class Identity:
 
     Args:
         version: stands for weights that cannot be read.
-        eager_bytes: up to this size the weights are digested at the first look, so that a state that comes back is
-            known again; larger ones are only counted, until someone asks for the fingerprint.
+        eager_bytes: up to this size the weights are digested at the first look, so that a state that comes
+            back is known again; larger ones are only counted, until someone asks for the fingerprint.
     """
 
     def __init__(self, *, version: str | None = None, eager_bytes: int = 256 << 20) -> None:
@@ -103,7 +107,7 @@ class Identity:
         with self._locked():
             return self._check_again(module, grad, turn)
 
-    def _locked(self) -> threading.RLock:  # type: ignore[valid-type]  # a function in typeshed
+    def _locked(self) -> AbstractContextManager[bool]:
         """The lock; a forked child makes its own, as a thread of the parent may have held the old one."""
         if self._lock[0] != os.getpid():
             self._lock = os.getpid(), threading.RLock()
@@ -161,7 +165,9 @@ class Identity:
         )
         if self._first_fields is None:
             self._first_fields = facts.fields
-        usable = not facts.lazy and facts.training is None and (not facts.unreadable or self._version is not None)
+        usable = (
+            not facts.lazy and facts.training is None and (not facts.unreadable or self._version is not None)
+        )
         return _Look(watch, facts, (None, None), (usable, usable and watch.trainable() is None))
 
     def _stand(self, look: _Look, grad: bool, counted: bool) -> Standing:
@@ -183,7 +189,9 @@ class Identity:
         if others == standing and others is not None:
             standing = others
         elif self._look is not None:
-            standing = next((old for old in self._look.standings if old == standing and old is not None), standing)
+            standing = next(
+                (old for old in self._look.standings if old == standing and old is not None), standing
+            )
         both = (others, standing) if grad else (standing, others)
         self._look = dataclasses.replace(look, standings=both)
         return standing
@@ -232,8 +240,9 @@ class Identity:
     def settle(self, module: nn.Module) -> str | None:
         """Look at what a forward that has just run left behind.
 
-        Attributes that it changed become bookkeeping: what was first seen stays in the fingerprint, later changes are
-        ignored. Returns the name of a weight or buffer that moved meanwhile: its rows must not be stored.
+        Attributes that it changed become bookkeeping: what was first seen stays in the fingerprint, later
+        changes are ignored. Returns the name of a weight or buffer that moved meanwhile: what that forward
+        computed must not be stored.
         """
         look = self._look
         if look is None or look.watch.moved(module, False, self.turn) is None:

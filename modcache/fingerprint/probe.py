@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import ctypes
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SETS = 8
 """How many sets of positions there are; each check looks at one, so a set comes round every eighth check."""
@@ -74,7 +76,10 @@ def _places(count: int, number: int, seed: int) -> list[int]:
     """A few spread positions within the ``number``-th eighth of ``count`` positions."""
     start, stop = count * number // SETS, max(count * (number + 1) // SETS, count * number // SETS + 1)
     # Weyl steps of the golden ratio: spread, different for each leaf, the same in every run.
-    return [start + (seed * 0x9E3779B1 + number * 0x85EBCA6B + at * 0xC2B2AE35) % (stop - start) for at in range(_TRIES)]
+    return [
+        start + (seed * 0x9E3779B1 + number * 0x85EBCA6B + at * 0xC2B2AE35) % (stop - start)
+        for at in range(_TRIES)
+    ]
 
 
 def _runs(address: int, length: int, size: int, seed: int) -> list[memoryview]:
@@ -86,7 +91,9 @@ def _runs(address: int, length: int, size: int, seed: int) -> list[memoryview]:
     return found
 
 
-def _elements(address: int, shape: Sequence[int], strides: Sequence[int], size: int, seed: int) -> list[memoryview]:
+def _elements(
+    address: int, shape: Sequence[int], strides: Sequence[int], size: int, seed: int
+) -> list[memoryview]:
     count = int(np.prod(shape))
     found = []
     for number in range(SETS):
@@ -103,8 +110,8 @@ def _first_filled(views: list[memoryview]) -> memoryview:
 class DeviceProbe:
     """Windows onto tensors of an accelerator, compared there and looked at later.
 
-    Nothing here waits for the device: the comparison is launched, its one-byte answer is copied to pinned memory
-    behind the loop, and a later turn reads it once the event has passed. A mismatch is therefore a late one.
+    Nothing here waits for the device: the comparison is launched, its one-byte answer is copied to pinned
+    memory behind the loop, and a later turn reads it once the event has passed. So a mismatch is always late.
     Works on any device; on the CPU the answer is there at once.
     """
 
@@ -119,6 +126,7 @@ class DeviceProbe:
         with torch.no_grad():
             self._expected = [torch.cat(views) for views in self._sets]
         self._flag = torch.zeros((), dtype=torch.bool, pin_memory=self._device.type == "cuda")
+        self._found = False  # once found it stays, until the expected bytes are taken anew
         self._waiting: tuple[torch.Tensor, Any] | None = None
         self._turns = itertools.count()
 
@@ -142,13 +150,14 @@ class DeviceProbe:
 
     def differs(self) -> bool:
         """Whether a comparison that has come back found a difference; launches the next one."""
-        if not self._sets:
-            return False
+        if self._found or not self._sets:
+            return self._found
         if self._waiting is not None:
             if not _passed(self._waiting[1]):
                 return False
             self._waiting = None
-            if bool(self._flag):
+            self._found = bool(self._flag)
+            if self._found:
                 return True
         self._launch(next(self._turns) % len(self._sets))
         return False
@@ -163,7 +172,7 @@ class DeviceProbe:
 def _event(device: torch.device) -> Any:
     if device.type == "cpu":
         return None
-    event = torch.cuda.Event() if device.type == "cuda" else torch.Event(device)
+    event: Any = torch.Event(device)
     event.record()
     return event
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import types
+
     import numpy as np
     import torch
     from torch import nn
@@ -32,7 +33,7 @@ class Seen:
     sequences: dict[int, Any] = dataclasses.field(default_factory=dict)
     """Lists, sets and deques of which every item counts."""
     globals: dict[int, tuple[dict[str, object], dict[str, object]]] = dataclasses.field(default_factory=dict)
-    """Namespaces of Python modules, and the names in them that code refers to with what they were bound to."""
+    """Namespaces of Python modules, and the names in them that code reads with what they were bound to."""
     cells: dict[int, tuple[types.CellType, object]] = dataclasses.field(default_factory=dict)
     functions: dict[int, types.FunctionType] = dataclasses.field(default_factory=dict)
     classes: dict[int, type] = dataclasses.field(default_factory=dict)

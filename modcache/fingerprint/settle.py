@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from .walk import Walk
-from .watch import Watch
 from .weights import Weights, leaf_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from .walk import Walk
+    from .watch import Watch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,16 +28,25 @@ class Before(Protocol):
     """What must be known of the time before."""
 
     @property
-    def fields(self) -> dict[str, bytes]: ...
+    def fields(self) -> dict[str, bytes]:
+        """Bytes read at each named place."""
+
     @property
-    def raw(self) -> dict[str, object]: ...
+    def raw(self) -> dict[str, object]:
+        """The plain attributes themselves."""
+
     @property
-    def buffers(self) -> frozenset[str]: ...
+    def buffers(self) -> frozenset[str]:
+        """Names of the registered buffers."""
 
 
 def changes(old: Watch, before: Before, found: Walk, new: Watch, weights: Weights) -> Changes:
     """Compare two looks at a module, one before and one after a forward."""
-    replaced = {place for place in {*before.raw, *found.raw} if before.raw.get(place, old) is not found.raw.get(place, old)}
+    replaced = {
+        place
+        for place in {*before.raw, *found.raw}
+        if before.raw.get(place, old) is not found.raw.get(place, old)
+    }
     differing = _differing(before.fields, found.seen.fields)
     places = replaced | {place for place in _deepest(differing) if not _inside(place, replaced)}
     moved = None
@@ -54,7 +66,12 @@ def changes(old: Watch, before: Before, found: Walk, new: Watch, weights: Weight
 
 def _counts_calls(name: str, leaf: object, buffers: frozenset[str]) -> bool:
     """An integer buffer of one element, like BatchNorm's count of batches."""
-    return name in buffers and isinstance(leaf, torch.Tensor) and leaf.numel() == 1 and not leaf.is_floating_point()
+    return (
+        name in buffers
+        and isinstance(leaf, torch.Tensor)
+        and leaf.numel() == 1
+        and not leaf.is_floating_point()
+    )
 
 
 def _differing(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> set[str]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from ..digest import digest, encode, frame, is_readable
 from .code import of_library
-from .seen import Seen
-from .values import ORIGIN_NAMES, Reader, class_name
+from .follow import Reader
+from .values import ORIGIN_NAMES, class_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import numpy as np
+
+    from .seen import Seen
 
 ROOT = "the module"
 """What the outermost module is called in names of parts."""
@@ -53,7 +58,7 @@ class Walk:
 
 
 def original_class(module: nn.Module) -> type:
-    """The class that the user wrote, below the dynamic classes of modcache and of torch's parametrizations."""
+    """The class that the user wrote, below the dynamic classes of modcache and of parametrizations."""
     cls = type(module)
     while True:
         if "_modcache_original" in vars(cls):
@@ -103,7 +108,7 @@ class _Walker:
             for name, found in list(seen.modules.items()):
                 if name not in self._modules:
                     self._register(found, name)
-        reader.seen.tensors = {k: v for k, v in seen.tensors.items()}
+        reader.seen.tensors = dict(seen.tensors.items())
         for name, tensor in seen.tensors.items():
             self._tensor(tensor, name)
         for name, contents in seen.reached.items():
@@ -121,7 +126,7 @@ class _Walker:
             raw=self._raw,
             seen=seen,
             unreadable=tuple(self._unreadable),
-            lazy=any(isinstance(tensor, UninitializedTensorMixin) for tensor in self._tensors.values()),
+            lazy=any(map(is_lazy, self._tensors.values())),
         )
 
     # --- registered modules and tensors ---
@@ -181,7 +186,7 @@ class _Walker:
         if isinstance(module, torch.jit.ScriptModule):
             return
         self._hooks(reader, f"of {place}", vars(module), ("_forward_pre_hooks", "_forward_hooks"))
-        if class_name(type(module)).startswith("torch._dynamo."):  # torch.compile's wrapper: what counts is its child
+        if class_name(type(module)).startswith("torch._dynamo."):  # torch.compile's wrapper: its child counts
             return
         derived = _derived(module)
         names = [key for key in plain_attributes(module) if key not in derived]
@@ -202,7 +207,9 @@ class _Walker:
             self._idle[name] = idle
         self._parts[f"attributes of {place}"] = digest(said)
 
-    def _hooks(self, reader: Reader, place: str, namespace: Mapping[str, Any], kinds: tuple[str, str]) -> None:
+    def _hooks(
+        self, reader: Reader, place: str, namespace: Mapping[str, Any], kinds: tuple[str, str]
+    ) -> None:
         said = b""
         for kind in kinds:
             hooks = namespace[kind]
@@ -224,7 +231,7 @@ _UNREAD: dict[type, frozenset[str]] = {
 
 
 def _unread(module: nn.Module) -> frozenset[str]:
-    """Attributes that the forward of a layer of torch does not read: they say what its weights say already."""
+    """Attributes that the forward of a layer of torch does not read: its weights say the same."""
     if type(module) is nn.Dropout and module.training:
         return frozenset()
     return _UNREAD.get(type(module), frozenset())
@@ -233,13 +240,17 @@ def _unread(module: nn.Module) -> frozenset[str]:
 def _derived(module: nn.Module) -> set[str]:
     """Attributes that torch's old weight_norm and spectral_norm compute anew before every forward."""
     hooks = vars(module)["_forward_pre_hooks"].values()
-    return {hook.name for hook in hooks if type(hook).__module__.startswith("torch.nn.utils.") and hasattr(hook, "name")}
+    return {
+        hook.name
+        for hook in hooks
+        if type(hook).__module__.startswith("torch.nn.utils.") and hasattr(hook, "name")
+    }
 
 
 def _extra_repr(module: nn.Module) -> bytes:
     try:
         return encode(module.extra_repr())
-    except Exception:  # a half-built module; its attributes are read anyway
+    except Exception:  # noqa: BLE001  # a half-built module; its attributes are read anyway
         return b""
 
 

@@ -7,9 +7,7 @@ import enum
 import functools
 import itertools
 import operator
-import types
-from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +16,10 @@ from torch.nn.modules import module as torch_module
 from ..digest import is_readable
 from .probe import SETS, DeviceProbe, HostProbe
 from .walk import GLOBAL_HOOKS, Walk, submodules
+
+if TYPE_CHECKING:
+    import types
+    from collections.abc import Callable, Iterable
 
 _chain = itertools.chain.from_iterable
 _is = operator.is_
@@ -54,7 +56,9 @@ class Watch:
     """
 
     def __init__(self, found: Walk, module: nn.Module) -> None:
-        others = dict(submodules(found))
+        others = {
+            name: other for name, other in submodules(found) if "training" in vars(other)
+        }  # not scripted
         self._root_type = type(module)
         self._modules = list(others.values())
         self._types = list(map(type, self._modules))
@@ -109,7 +113,7 @@ class Watch:
         )
 
     def _attributes(self, found: Walk, module: nn.Module) -> None:
-        """Plain attributes and the globals that code reads, grouped by equal names: one getter for many dicts."""
+        """Plain attributes and the globals that code reads, grouped by names: one getter for many dicts."""
         groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for name, names in found.attributes.items():
             if name and names:
@@ -126,7 +130,9 @@ class Watch:
         self._values = list(self._all_values(module))
 
     def _all_values(self, module: nn.Module) -> Iterable[object]:
-        return _chain(_chain([[self._own(module.__dict__)], *[map(get, dicts) for get, dicts in self._groups]]))
+        return _chain(
+            _chain([[self._own(module.__dict__)], *[map(get, dicts) for get, dicts in self._groups]])
+        )
 
     def same_structure(self, module: nn.Module) -> bool:
         """Whether modules, classes, hooks, attributes, containers and constants are the very same."""
@@ -135,7 +141,7 @@ class Watch:
             type(module) is self._root_type
             and list(map(type, self._modules)) == self._types
             and list(map(len, [own, *self._dicts])) == self._lengths
-            and all([[own[name], *map(get, full)] == copies for name, get, full, copies in self._full])
+            and all([own[name], *map(get, full)] == copies for name, get, full, copies in self._full)
             and not any(self._empty)
             and self._global_hooks == self._global_copies
             and all(map(_is, map(dict.__getitem__, self._single_dicts, self._single_names), self._singles))
@@ -148,14 +154,17 @@ class Watch:
     def _in_turn(self, found: Walk) -> None:
         """What hardly ever changes is looked at a part at a time, so a change may be noticed late.
 
-        The code and defaults of functions (a reloader puts new code into old functions), the bodies of classes
-        besides ``forward``, and attributes that a torch layer's own ``forward`` does not read (``in_features``).
+        The code and defaults of functions (a reloader puts new code into old functions), the bodies of
+        classes besides ``forward``, and attributes that a torch layer's own ``forward`` does not read.
         """
-        looks: list[Callable[[], tuple[object, ...]]] = []
         functions = list(found.seen.functions.values())
-        for at in range(0, len(functions), _FUNCTIONS_AT_ONCE):
-            looks.append(functools.partial(_codes, functions[at : at + _FUNCTIONS_AT_ONCE]))
-        looks += [functools.partial(_body, cls) for cls in found.seen.classes.values() if cls not in found.seen.busy]
+        looks: list[Callable[[], tuple[object, ...]]] = [
+            functools.partial(_codes, functions[at : at + _FUNCTIONS_AT_ONCE])
+            for at in range(0, len(functions), _FUNCTIONS_AT_ONCE)
+        ]
+        looks += [
+            functools.partial(_body, cls) for cls in found.seen.classes.values() if cls not in found.seen.busy
+        ]
         idle = [(_getter(names), vars(found.modules[name])) for name, names in found.idle.items() if name]
         for at in range(0, len(idle), _MODULES_AT_ONCE):
             looks.append(functools.partial(_fetched, idle[at : at + _MODULES_AT_ONCE]))
@@ -183,7 +192,10 @@ class Watch:
     def same_flags(self, module: nn.Module, grad: bool) -> bool:
         """Whether training flags, and with grad mode ``requires_grad``, are what they were."""
         if self._any_training:
-            if [bool(module.__dict__["training"]), *map(bool, map(_training, self._dicts))] != self._were_training:
+            if [
+                bool(module.__dict__["training"]),
+                *map(bool, map(_training, self._dicts)),
+            ] != self._were_training:
                 return False
         elif module.__dict__["training"] or any(map(_training, self._dicts)):
             return False
@@ -210,7 +222,9 @@ class Watch:
         self._pointed = list(readables.values())
         self._counted = [tensor for tensor in self._pointed if not tensor.is_inference()]
         self._arrays = list(found.arrays.values())
-        self._on_host = {at: place for place, at in enumerate(at for at, leaf in enumerate(self.leaves) if _on_host(leaf))}
+        self._on_host = {
+            at: place for place, at in enumerate(at for at, leaf in enumerate(self.leaves) if _on_host(leaf))
+        }
         self._take_counters()
         self._look_closer()
 
@@ -255,7 +269,9 @@ class Watch:
             or (self._arrays and list(map(_array_pointer, self._arrays)) != self._array_pointers)
         ):
             return Moved.WEIGHTS
-        if not self._probe.same(turn) or (self._device_probes and any([p.differs() for p in self._device_probes])):
+        if not self._probe.same(turn) or (
+            self._device_probes and any(p.differs() for p in self._device_probes)
+        ):
             return Moved.LATE
         return None
 
@@ -282,14 +298,14 @@ class Watch:
             if not weights:
                 return None
             return self.same_weights(turn) or (None if self.same_in_turn(turn) else Moved.LATE)
-        except Exception:  # a name is gone, a tensor was compared with its replacement, a storage was freed
+        except Exception:  # noqa: BLE001  # a name is gone, a tensor met its replacement, a storage was freed
             return Moved.STRUCTURE
 
 
 def _single(tensor: torch.Tensor) -> bool:
     try:
         return tensor.numel() == 1
-    except Exception:  # an uninitialised parameter has no size
+    except Exception:  # noqa: BLE001  # an uninitialised parameter has no size
         return True
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..digest import digest, encode, tensor_digest
-from .watch import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .watch import Watch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,8 +27,8 @@ class Weighed:
 class Weights:
     """Remembers the digest of each leaf together with the stamp that it was taken at.
 
-    Leaves are known by ``id``, which is theirs alone for as long as the watch holds them; after ``drop`` nothing
-    holds them, so what was known is forgotten.
+    Leaves are known by ``id``, which is theirs alone for as long as the watch holds them; once nothing
+    holds them, what was known is forgotten.
     """
 
     def __init__(self) -> None:
@@ -75,5 +78,5 @@ def leaf_digest(leaf: Any) -> bytes:
 def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
     try:
         return tuple(map(int, tensor.shape))
-    except Exception:  # an uninitialised or nested tensor has none
+    except Exception:  # noqa: BLE001  # an uninitialised or nested tensor has none
         return None

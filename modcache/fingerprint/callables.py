@@ -1,0 +1,42 @@
+"""Name a function or callable by what it does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..digest import NoContentError, digest, encode
+from .follow import Reader
+from .values import class_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from .seen import Seen
+
+
+def callable_digest(fn: object) -> tuple[bytes, tuple[str, ...]]:
+    """The digest of a function or callable by what it does, and the names of what in it had no content.
+
+    >>> callable_digest(lambda x: x + 1)[0] == callable_digest(lambda x: x + 2)[0]
+    False
+    """
+    reader = Reader()
+    content = reader.value(fn, "callable")
+    seen = reader.finish()
+    for name, module in seen.modules.items():
+        content += encode(class_name(type(module)))
+        seen.opaque[f"{name} ({class_name(type(module))})"] = None
+    for name, tensor in seen.tensors.items():
+        content += encode(name) + _content_or_opaque(tensor, name, seen)
+    for name, array in seen.arrays.items():
+        content += encode(name) + encode(array)
+    reached = [(name, sorted(contents)) for name, contents in sorted(seen.reached.items())]
+    return digest(content + encode(reached)), tuple(seen.opaque)
+
+
+def _content_or_opaque(tensor: torch.Tensor, name: str, seen: Seen) -> bytes:
+    try:
+        return encode(tensor)
+    except NoContentError:
+        seen.opaque[f"{name} ({class_name(type(tensor))})"] = None
+        return b""

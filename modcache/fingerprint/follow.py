@@ -1,0 +1,254 @@
+"""Read functions and classes into bytes, and follow the global names that they read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+from ..digest import digest, encode, frame
+from .code import code_bytes, global_names, installed, of_library
+from .values import IMMUTABLE, ValueReader, class_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .seen import Seen
+
+_NO_CONTENT_IN_CLASS = frozenset(
+    """__dict__ __weakref__ __doc__ __module__ __qualname__ __annotations__ __annotate__ __annotate_func__
+    __annotations_cache__ __firstlineno__ __static_attributes__ __abstractmethods__ _abc_impl __parameters__
+    __orig_bases__ __slotnames__ __dataclass_fields__ __dataclass_params__ __match_args__
+    _modcache_original""".split()
+)
+_CALLED_BY_TORCH = ("forward", "__call__", "__getattr__", "__getattribute__", "__torch_function__")
+_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
+
+
+class Reader(ValueReader):
+    """Reads values like its base, and code: functions by what they do, classes by what they define.
+
+    What code reads by a global name becomes a part of its own, read from a queue: each thing once, in no
+    particular order, however deep the way to it was.
+    """
+
+    def __init__(self, *known: Any) -> None:
+        super().__init__(*known)
+        self._reached: set[int] = set()
+        self._queue: list[tuple[str, object]] = []
+        self._following = True
+        self._met: list[types.FunctionType] = []
+        self._called: set[str] = set(_CALLED_BY_TORCH)
+        self._waiting: dict[str, list[types.FunctionType]] = {}
+
+    def callable(self, value: object, path: str) -> bytes | None:
+        """The bytes of anything that is code; None for other values."""
+        if isinstance(value, types.FunctionType):
+            return self.function(value, path)
+        if isinstance(value, types.MethodType):
+            return frame(
+                b"method", self.value(value.__func__, path) + self.value(value.__self__, f"{path}.__self__")
+            )
+        if isinstance(value, functools.partial):
+            inside = (value.func, value.args, dict(value.keywords))
+            return frame(b"partial", b"".join(self.value(item, path) for item in inside))
+        if isinstance(value, staticmethod | classmethod):
+            return frame(type(value).__name__.encode(), self.value(value.__func__, path))
+        if isinstance(value, property):
+            return frame(b"property", b"".join(self.value(part, path) for part in (value.fget, value.fset)))
+        if isinstance(value, functools.cached_property):
+            return frame(b"cached_property", self.value(value.func, path))
+        if isinstance(value, types.BuiltinFunctionType | types.MethodDescriptorType):
+            bound = getattr(value, "__self__", None)  # the module builtins, or what a method is of
+            said = encode(f"{getattr(value, '__module__', None)}.{value.__qualname__}")
+            return frame(b"builtin", said + self.value(bound, f"{path}.__self__"))
+        if isinstance(value, _DESCRIPTORS):
+            return frame(b"descriptor", encode(value.__name__))
+        wrapped = getattr(value, "__wrapped__", None)  # functools.lru_cache and its like
+        if isinstance(wrapped, types.FunctionType) and of_library(type(value).__module__):
+            return frame(b"wrapped", encode(class_name(type(value))) + self.value(wrapped, path))
+        return None
+
+    def function(self, fn: types.FunctionType, path: str) -> bytes:
+        """A function by its code, defaults and closure; the global names it reads are followed."""
+        closure = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
+        inside = b"".join(
+            self._cell(cell, f"{path} variable {name}") for name, cell in closure if name != "__class__"
+        )
+        if of_library(fn.__module__):
+            return frame(b"named", encode(f"{fn.__module__}.{fn.__qualname__}") + inside)
+        self.seen.functions[id(fn)] = fn
+        extra = {name: item for name, item in vars(fn).items() if name != "__wrapped__"}
+        if extra:
+            self.seen.mappings[id(vars(fn))] = vars(fn)
+        given = b"".join(self.value(item, f"{path} default") for item in (fn.__defaults__, fn.__kwdefaults__))
+        content = code_bytes(fn.__code__) + given + inside + self.fields(extra, path)
+        return frame(b"function", content + self._globals(fn))
+
+    def _cell(self, cell: types.CellType, path: str) -> bytes:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not filled yet
+            return frame(b"empty", b"")
+        if path not in self._bookkeeping:
+            self.seen.cells[id(cell)] = cell, content
+        return self.field(content, "", path)
+
+    def _globals(self, fn: types.FunctionType) -> bytes:
+        """Follow the global names of a function; its own bytes only say what they are bound to by name."""
+        namespace = fn.__globals__
+        if of_library(namespace.get("__name__")):
+            return b""
+        if not self._following:
+            self._met.append(fn)
+            return b""
+        read, known = global_names(fn.__code__)
+        self._call(known)
+        return b"".join(self._global(namespace, name, known) for name in read if name in namespace)
+
+    def _global(self, namespace: dict[str, Any], name: str, known: tuple[str, ...]) -> bytes:
+        value = namespace[name]
+        if isinstance(value, types.ModuleType):
+            return self._python_module(namespace, name, known)
+        # From installed code only functions and plain constants are followed: its registries and caches are
+        # legion, and differ from process to process without a meaning.
+        ours = not installed(namespace)
+        if isinstance(value, types.FunctionType | type | functools._lru_cache_wrapper):
+            target = f"{value.__module__}.{value.__qualname__}"
+            self.seen.refer(namespace, name, value)
+            if not of_library(value.__module__) and (not isinstance(value, type) or ours):
+                self._reach(f"code of {target}", value)
+            return encode((name, target))
+        place = f"global {namespace.get('__name__')}.{name}"
+        if (ours or _plain(value)) and place not in self._bookkeeping:
+            self.seen.refer(namespace, name, value)
+            self._reach(place, value)
+        elif self._bookkeeping.get(place) is not None:
+            self.seen.reach(place, digest(self.field(None, "", place)))
+        return encode(name)
+
+    def _python_module(self, namespace: dict[str, Any], name: str, known: tuple[str, ...]) -> bytes:
+        """A Python module by name; the attributes of it that the code may read are followed."""
+        module: types.ModuleType = namespace[name]
+        self.seen.refer(namespace, name, module)
+        inner = vars(module)
+        if of_library(module.__name__) or installed(inner):
+            return encode((name, module.__name__))
+        read = [attribute for attribute in known if attribute in inner and attribute != name]
+        plain = [attribute for attribute in read if not isinstance(inner[attribute], types.ModuleType)]
+        return encode((name, module.__name__)) + b"".join(
+            self._global(inner, attribute, ()) for attribute in plain
+        )
+
+    def _reach(self, name: str, value: object) -> None:
+        # Read later, from a queue: how deep the way to it was must not count, and recursion has a limit.
+        if id(value) not in self._reached or isinstance(value, IMMUTABLE):
+            self._reached.add(id(value))
+            self._queue.append((name, value))
+
+    def class_reference(self, cls: type) -> bytes:
+        """A class by name; what it defines, where it is not a library's, is a part of its own."""
+        if not installed_class(cls):
+            for base in cls.__mro__:
+                self._reach_class(base)
+        return frame(b"class", encode(class_name(cls)))
+
+    def class_chain(self, cls: type) -> bytes:
+        """The names of a class and its bases; the code of each that is not a library's is followed."""
+        for base in cls.__mro__:
+            self._reach_class(base)
+        names = frame(b"classes", encode([class_name(base) for base in cls.__mro__]))
+        patched = [base for base in cls.__mro__ if of_library(base.__module__) and _forward_is_foreign(base)]
+        return names + b"".join(
+            self.value(vars(base)["forward"], f"{class_name(base)}.forward") for base in patched
+        )
+
+    def _reach_class(self, cls: type) -> None:
+        if not of_library(cls.__module__) and id(cls) not in self.seen.classes:
+            self.seen.classes[id(cls)] = cls
+            self._queue.append((f"code of {class_name(cls)}", _Members(cls)))
+
+    def _members(self, cls: type) -> bytes:
+        """Everything that a class body defines, in the order of its names."""
+        names = sorted(name for name in vars(cls) if name not in _NO_CONTENT_IN_CLASS)
+        kept = tuple(name for name in names if f"{class_name(cls)}.{name}" not in self._bookkeeping)
+        if len(kept) < len(names):
+            self.seen.busy[cls] = kept
+        self._following = not installed_class(cls)
+        try:
+            return b"".join(self._member(cls, name) for name in names)
+        finally:
+            self._following = True
+
+    def _member(self, cls: type, name: str) -> bytes:
+        """One member of a class.
+
+        Methods of installed classes are many (downloading, saving), and what those read of their environment
+        differs from process to process. So their global names are followed only once something calls them.
+        """
+        self._met = []
+        content = self.field(vars(cls)[name], name, f"{class_name(cls)}.{name}")
+        self._waiting.setdefault(name, []).extend(self._met)
+        if name in self._called:
+            self._call_now(name)
+        return content
+
+    def _call(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._called:
+                self._called.add(name)
+                self._call_now(name)
+
+    def _call_now(self, name: str) -> None:
+        for fn in self._waiting.pop(name, ()):
+            self._queue.append((f"names in {fn.__module__}.{fn.__qualname__}", _NamesIn(fn)))
+
+    def finish(self) -> Seen:
+        """Read what was reached by name, until nothing new is reached."""
+        while self._queue:
+            name, value = self._queue.pop()
+            self._objects = 0
+            if isinstance(value, _Members):
+                read = self._members(value.cls)
+            elif isinstance(value, _NamesIn):
+                read = self._globals(value.fn)
+            else:
+                read = self.field(value, "", name)
+            self.seen.reach(name, digest(read))
+        return self.seen
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Members:
+    """In the queue: a class of which the members are to be read, not only the name."""
+
+    cls: type
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _NamesIn:
+    """In the queue: a method of an installed class of which the global names are to be followed."""
+
+    fn: types.FunctionType
+
+
+def _forward_is_foreign(cls: type) -> bool:
+    """Whether somebody put another forward into a class of torch."""
+    forward = vars(cls).get("forward")
+    if forward is None or (isinstance(forward, types.FunctionType) and forward.__module__ == cls.__module__):
+        return False
+    return not of_library(getattr(forward, "__module__", None))
+
+
+def installed_class(cls: type) -> bool:
+    """Whether a class comes from installed code."""
+    module = sys.modules.get(cls.__module__)
+    return of_library(cls.__module__) or (module is not None and installed(vars(module)))
+
+
+def _plain(value: object) -> bool:
+    if isinstance(value, tuple | frozenset):
+        return all(map(_plain, value))
+    return isinstance(value, IMMUTABLE)
