@@ -71,7 +71,10 @@ def _names(
 ) -> tuple[tuple[str, _Place], ...]:
     places: Sequence[_Place] = range(count)
     if signature is None:
-        return (*((f"args[{place}]", place) for place in places), *((name, name) for name in sorted(keywords)))
+        return (
+            *((f"args[{place}]", place) for place in places),
+            *((name, name) for name in sorted(keywords)),
+        )
     bound = signature.bind(*places, **dict(zip(keywords, keywords, strict=True)))
     found: list[tuple[str, _Place]] = []
     for name, value in bound.arguments.items():

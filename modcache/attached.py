@@ -34,6 +34,9 @@ _LARGE = 256 << 20
 """Bytes of weights up to which they are digested at once (some 20 ms), so that a state that comes back is known."""
 _NEVER = 1 << 62
 
+_FAST_PRODUCTS: dict[object, float] = {"tf32": 1e-2, "high": 1e-2, "bf16": 5e-2, "medium": 5e-2}
+"""How far apart float32 results may be where products are less exact than float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class Requested:
@@ -98,7 +101,10 @@ class Attached:
         self._token = uuid.uuid4().hex
         self._namespaces: dict[tuple[int, Context], str] = {}
         self._sites: dict[tuple[int, Context], Site] = {}
-        self._fine: list[Standing | None] = [None, None]  # standings that were looked at and are no reason to bypass
+        self._fine: list[Standing | None] = [
+            None,
+            None,
+        ]  # standings that were looked at and are no reason to bypass
         self._fingerprints: dict[int, Fingerprint] = {}
         self._latest: int | None = None
         self._late_moves = 0
@@ -107,9 +113,7 @@ class Attached:
 
     def __deepcopy__(self, copies: dict[int, Any]) -> Attached:
         """A copy has an identity and counts of its own, and shares the store."""
-        other = Attached(
-            self.name, self.requested, self.function, copy.deepcopy(self.inside, copies), self.memo.store
-        )
+        other = Attached(self.name, self.requested, self.function, copy.deepcopy(self.inside, copies), self.memo.store)
         other.before, other.closed = self.before, self.closed
         return other
 
@@ -119,7 +123,9 @@ class Attached:
 
     # --- a call
 
-    def forward(self, module: nn.Module, original: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(
+        self, module: nn.Module, original: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """What the module's forward gives, from the store where it can."""
         keys = kwargs.pop("cache_keys", None)
         grad = torch.is_grad_enabled()
@@ -152,7 +158,7 @@ class Attached:
         if keys is not None:
             return Given(keys)
         around = given_keys()
-        return around and Given(around.keys, around.number(self._token), "keys_for(...)")
+        return None if around is None else Given(around.keys, around.number(self._token), "keys_for(...)")
 
     def _unusual(self, module: nn.Module) -> str | None:
         """What keeps this call from being cached, whatever the module is now."""
@@ -175,8 +181,8 @@ class Attached:
         dropped = self.memo.drop_since(0 if suspect is None else suspect.since)
         self.memo.say(
             "weights changed unnoticed",
-            f"some of its weights were changed behind autograd's back, and that was noticed late; {dropped} rows stored "
-            "since were dropped, but rows served since may be stale. Write weights through autograd-visible operations "
+            f"some of its weights were changed behind autograd's back, and that was noticed late; {dropped} rows "
+            "stored since were dropped, but rows served since may be stale. Write weights through autograd-visible operations "
             "(under torch.no_grad()), or call cache_of(module).recheck() after such a write.",
         )
 
@@ -199,8 +205,8 @@ class Attached:
         if standing.unreadable and self.requested.version is None:
             raise Bypass(
                 "weights cannot be read",
-                f"the values of {', '.join(standing.unreadable[:3])} cannot be read (meta, sharded, offloaded or freed), "
-                "so it runs uncached. Give version= to name these weights yourself.",
+                f"the values of {', '.join(standing.unreadable[:3])} cannot be read (meta, sharded, offloaded or "
+                "freed), so it runs uncached. Give version= to name these weights yourself.",
             )
         if standing.restless:
             raise Bypass(
@@ -214,12 +220,11 @@ class Attached:
         """What a call needs to know of this state of the module, in this context."""
         tensors = [*module.parameters(), *module.buffers()]
         device = tensors[0].device if tensors else torch.device("cpu")
-        floors = [tolerance_of(tensor.dtype) for tensor in tensors]
-        for kind in {"cpu", device.type}:
-            if torch.is_autocast_enabled(kind):
-                floors.append(tolerance_of(torch.get_autocast_dtype(kind)))
-        floors.append({"highest": 0.0, "high": 1e-2}.get(torch.get_float32_matmul_precision(), 5e-2))
-        site = self._sites[now] = Site(self._namespace(module, now), device, max(floors))
+        kind = f"({'cpu' if device.type == 'cpu' else 'cuda'})"
+        around = [value for name, value in context_facts(now[1]).items() if name.endswith(kind)]
+        dtypes = {*(tensor.dtype for tensor in tensors), *(value for value in around if isinstance(value, torch.dtype))}
+        floor = max([0.0, *map(tolerance_of, dtypes), *(_FAST_PRODUCTS.get(value, 0.0) for value in around)])
+        site = self._sites[now] = Site(self._namespace(module, now), device, floor)
         return site
 
     # --- namespaces

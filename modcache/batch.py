@@ -73,8 +73,8 @@ def split(bound: Bound, broadcast: frozenset[str], is_row: IsRow) -> Batch:
     containers: list[tuple[str, str, int]] = []
     for name, value in bound:
         for column in _leaves(value, name, name, containers, is_row):
-            shared = name in broadcast or column.path in broadcast
-            leaves.append((column, None if shared else _length(column.value)))
+            named = name in broadcast or column.path in broadcast
+            leaves.append((column, None if named else _length(column.value)))
     size = next((length for _, length in leaves if length is not None), None)
     if size is None:
         leaves, size = _single_row(leaves, broadcast, is_row), 1
@@ -156,7 +156,9 @@ def _rebuilt(value: Any, path: str, columns: Mapping[str, Column], places: Seque
         return pairs if type(value) is dict else _like_mapping(value, pairs)
     if isinstance(value, tuple):
         if (fields := getattr(type(value), "_fields", None)) is not None:
-            parts = (_rebuilt(item, f"{path}.{name}", columns, places) for name, item in zip(fields, value, strict=True))
+            parts = (
+                _rebuilt(item, f"{path}.{name}", columns, places) for name, item in zip(fields, value, strict=True)
+            )
             return tuple.__new__(type(value), parts)
         return tuple(_rebuilt(item, f"{path}[{place}]", columns, places) for place, item in enumerate(value))
     if dataclasses.is_dataclass(value):
@@ -219,7 +221,9 @@ def _row_of(value: Any, path: str, columns: Mapping[str, Column], place: int) ->
         return dict(zip(value, parts, strict=True))
     if isinstance(value, tuple):
         return tuple.__new__(type(value), parts)
-    return _like_dataclass(value, {field.name: part for field, part in zip(dataclasses.fields(value), parts, strict=True)})
+    return _like_dataclass(
+        value, {field.name: part for field, part in zip(dataclasses.fields(value), parts, strict=True)}
+    )
 
 
 def _never(_: object) -> bool:

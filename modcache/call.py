@@ -61,13 +61,15 @@ def call(
         CacheMissError: rows are missing in mode "require-hit".
         StaleRecordError: a verified row was not what the module gives now.
         KeyExtractionError, UsageError: a key function or given keys cannot be right.
-        TypeError: the module does not take these arguments.
         Exception: whatever the module itself raises.
     """
     began = perf_counter()
     batch = None
     try:
         arguments = host.bind(args, kwargs)
+    except TypeError:
+        return run_uncached(memo.options, host.run, args, kwargs)  # raises what the module raises of wrong arguments
+    try:
         batch = _batch_of(memo.options, arguments)
         if host.grad:
             _refuse_grad(arguments)
@@ -120,7 +122,7 @@ def _row_count(options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """The number of rows of a call that was not split, as far as its first argument shows it."""
     if options.per_row:
         for value in (*args, *kwargs.values()):
-            if isinstance(value, list | torch.Tensor | np.ndarray) and getattr(value, "ndim", 1):
+            if isinstance(value, list) or (isinstance(value, torch.Tensor | np.ndarray) and value.ndim):
                 return len(value)
     return 1
 
@@ -135,7 +137,9 @@ def _batch_of(options: Options, arguments: Arguments) -> Batch:
     try:
         batch = split(arguments.bound(), options.broadcast, is_row)
     except NoRowsError as error:
-        raise Bypass("no rows", f"{error}; it runs uncached. Give per_row=False if it has no batch dimension.") from None
+        raise Bypass(
+            "no rows", f"{error}; it runs uncached. Give per_row=False if it has no batch dimension."
+        ) from None
     if batch.size == 0:
         raise Bypass("empty batch")
     return batch
@@ -150,8 +154,8 @@ def _refuse_grad(arguments: Arguments) -> None:
 def _refuse(argument: str) -> None:
     raise Bypass(
         "an input needs grad",
-        f"its argument {argument} needs grad, which a stored row could not pass on; it runs uncached. Detach the input, "
-        "or cache a module that comes before everything trained.",
+        f"its argument {argument} needs grad, which a stored row could not pass on; it runs uncached. Detach the "
+        "input, or cache a module that comes before everything trained.",
     )
 
 
@@ -179,7 +183,7 @@ def _keyed(memo: Memo, batch: Batch, arguments: Arguments, given: Given | None) 
             memo.say(
                 "nothing to read",
                 f"its key extractor ({extractor.name}) finds nothing that it reads in the per-row arguments "
-                f"({', '.join(column.path for column in batch.columns)}); rows are keyed by the types of the arguments.",
+                f"({', '.join(column.path for column in batch.columns)}); rows are keyed by the arguments' types.",
             )
         return extractor(arguments.bound(), batch)
     except NoContentError as error:
@@ -188,7 +192,8 @@ def _keyed(memo: Memo, batch: Batch, arguments: Arguments, given: Given | None) 
 
 def _no_key(error: NoContentError) -> Bypass:
     return Bypass(
-        "no key", f"{error}; it runs uncached. Give that type a key with register_key_extractor, or pass cache_keys=."
+        "no key",
+        f"{error}; it runs uncached. Give that type a key with register_key_extractor, or pass cache_keys=.",
     )
 
 
@@ -209,6 +214,7 @@ def _home(site: Site, batch: Batch) -> torch.device:
 
 
 # --- get, plan, compute, put, assemble ------------------------------------------------------------------
+
 
 def _cached(job: Job, found: tuple[Found, ...], began: float, keyed_at: float) -> object:
     memo, namespace, keyed = job.memo, job.site.namespace, job.keyed
@@ -289,7 +295,9 @@ def _served(job: Job, plan: CallPlan) -> object:
 
 def _assembled(job: Job, plan: CallPlan, computed: Computed) -> object:
     if len(plan.compute) == job.batch.size and job.keyed.tokens is None:
-        return _built(job.memo, computed.parts[0][1], job.home)  # the store copies, so what was computed can be handed out
+        return _built(
+            job.memo, computed.parts[0][1], job.home
+        )  # the store copies, so what was computed can be handed out
     places, numbers = rows_to_serve(job.keyed.keys, plan)
     parts: list[Part] = [(part.positions, part.rows) for part in plan.found]
     for own, rows in computed.parts:

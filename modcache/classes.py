@@ -66,7 +66,8 @@ def _subclass(cls: type[nn.Module], more: dict[str, Any]) -> type[nn.Module]:
     }
     if (become := getattr(cls, "cls_to_become", None)) is not None:
         body["cls_to_become"] = cached_class(become)  # a lazy module stays wrapped when it materialises
-    return type(cls)(cls.__name__, (cls,), body)
+    made: type[nn.Module] = type(cls)(cls.__name__, (cls,), body)  # type: ignore[misc]  # of its own metaclass
+    return made
 
 
 def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
@@ -87,7 +88,7 @@ _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lamb
 
 def _outside_the_graph(module: nn.Module, cls: type[nn.Module], args: Any, kwargs: Any) -> Any:
     """A clean graph break: what is looked up in a store is no part of a compiled graph."""
-    return torch.compiler.disable(_eagerly)(module, cls, args, kwargs)
+    return torch.compiler.disable(_eagerly)(module, cls, args, kwargs)  # type: ignore[no-untyped-call]
 
 
 # Dynamo ends the graph before a function with this mark. (`torch.compiler.disable` sets it as well, but it imports
@@ -103,7 +104,7 @@ def attached_to(module: nn.Module) -> Attached:
     """What hangs on a cached module; an instance of a decorated class that bypassed ``__init__`` gets it now."""
     found = module.__dict__.get(ATTACHED)
     if found is None:
-        found = type(module)._modcache_attach(module)  # type: ignore[operator]
+        found = type(module)._modcache_attach(module)  # type: ignore[attr-defined]
     assert isinstance(found, Attached)
     return found
 
@@ -123,7 +124,7 @@ def _apply(cls: type[nn.Module]) -> Callable[..., Any]:
     def apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         if (found := self.__dict__.get(ATTACHED)) is not None:
             found.identity.drop()  # or the old weights would stay in memory until the next call
-        return cls._apply(self, *args, **kwargs)
+        return cls._apply(self, *args, **kwargs)  # type: ignore[no-any-return, no-untyped-call]
 
     return apply
 

@@ -16,7 +16,7 @@ from .keys.tokens import TokenRows, fit_tokens, token_dims, unpad_rows
 from .memo import Bypass, Memo, Options, TokenDims
 from .recipe import Form
 from .rows import NotRowsError, Rows, rows_of
-from .selfcheck import difference, preserved_randomness, rows_to_check
+from .selfcheck import difference, preserved_randomness, rows_to_check, sizes_of
 
 __all__ = ["Computed", "Host", "Job", "Part", "compute", "compute_again", "run_uncached"]
 
@@ -168,9 +168,7 @@ def _run(job: Job, places: list[int], width: int) -> _Run:
 
 def _versions(arguments: Arguments) -> list[int]:
     return [
-        value._version
-        for _, value in arguments.bound()
-        if isinstance(value, torch.Tensor) and not value.is_inference()
+        value._version for _, value in arguments.bound() if isinstance(value, torch.Tensor) and not value.is_inference()
     ]
 
 
@@ -244,7 +242,7 @@ def _self_check(job: Job, places: list[int], rows: Rows, run: _Run, width: int) 
         Bypass: the rows came out otherwise, so they depend on chance or on each other.
     """
     tokens = job.keyed.tokens
-    chosen, other_width = _choice(job, places, width)
+    chosen, other_width = _choice(job, places, rows, width)
     try:
         with preserved_randomness():
             again = _run_again(job, chosen, other_width)
@@ -270,16 +268,20 @@ def _self_check(job: Job, places: list[int], rows: Rows, run: _Run, width: int) 
     return dims
 
 
-def _choice(job: Job, places: list[int], width: int) -> tuple[list[int], int]:
+def _choice(job: Job, places: list[int], rows: Rows, width: int) -> tuple[list[int], int]:
     """Rows for the check, and the width to run them at: another one, where rows have lengths of their own."""
     tokens = job.keyed.tokens
+    if not job.memo.options.per_row:
+        return places, 0
+    sizes = sizes_of(rows) or [0.0] * len(places)
     if tokens is None:
-        return (rows_to_check(places) if job.memo.options.per_row else places), 0
-    shorter = [place for place in places if tokens.lengths[place] < width]
+        return rows_to_check(places, sizes), 0
+    shorter = [number for number, place in enumerate(places) if tokens.lengths[place] < width]
     if shorter:
-        chosen = rows_to_check(shorter) or shorter[:1]
+        own = [places[number] for number in shorter]
+        chosen = rows_to_check(own, [sizes[number] for number in shorter]) or own[:1]
         return chosen, int(tokens.lengths[chosen].max())
-    return rows_to_check(places) or places, width + 1
+    return rows_to_check(places, sizes) or places, width + 1
 
 
 def _run_again(job: Job, chosen: list[int], width: int) -> object:

@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import enum
 import functools
+import itertools
 import os
 import pathlib
 import struct
@@ -140,17 +141,11 @@ def _encode_other(value: object, more: Encoder | None) -> bytes:
     if dataclasses.is_dataclass(value) and not isinstance(value, Mapping):
         names = [field.name for field in dataclasses.fields(value)]
         pairs = ((field, getattr(value, field)) for field in names)
-        return frame(
-            b"data", frame(b"t", name) + _encode_pairs(pairs, more) + _encode_set_on(value, more, names)
-        )
+        return frame(b"data", frame(b"t", name) + _encode_pairs(pairs, more) + _encode_set_on(value, more, names))
     if isinstance(value, tuple | list):
-        tag = {tuple: b"(", list: b"["}.get(cls)
+        tag = b"(" if cls is tuple else b"[" if cls is list else None
         items = _join(encode(item, more) for item in value)
-        return (
-            frame(tag, items)
-            if tag
-            else frame(b"sequence", frame(b"t", name) + items + _encode_set_on(value, more))
-        )
+        return frame(tag, items) if tag else frame(b"sequence", frame(b"t", name) + items + _encode_set_on(value, more))
     if isinstance(value, Mapping):
         pairs_bytes = _encode_pairs(value.items(), more)
         return frame(b"{", pairs_bytes) if cls is dict else frame(b"map", frame(b"t", name) + pairs_bytes)
@@ -166,9 +161,7 @@ def _encode_other(value: object, more: Encoder | None) -> bytes:
         if isinstance(value, base):
             held = _PLAIN[base](_EXACT[base](value))
             return frame(b"sub", frame(b"t", name) + held + _encode_set_on(value, more))
-    raise NoContentError(
-        f"an object of type {cls.__module__}.{cls.__qualname__} has no content to make a key of"
-    )
+    raise NoContentError(f"an object of type {cls.__module__}.{cls.__qualname__} has no content to make a key of")
 
 
 def _encode_pairs(pairs: Iterable[tuple[object, object]], more: Encoder | None) -> bytes:
@@ -188,18 +181,14 @@ def _join(parts: Iterable[bytes]) -> bytes:
 def _encode_array(value: np.ndarray | np.generic, more: Encoder | None) -> bytes:
     if isinstance(value, np.ndarray) and type(value) not in (np.ndarray, np.memmap):  # a mask, units, ...
         cls = type(value)
-        raise NoContentError(
-            f"an array of type {cls.__module__}.{cls.__qualname__} may hold more than its values show"
-        )
+        raise NoContentError(f"an array of type {cls.__module__}.{cls.__qualname__} may hold more than its values show")
     array = np.asarray(value)
     if array.dtype.hasobject:
         items = array.ravel().tolist()
         return frame(b"objects", encode(array.shape) + encode(items, more))
-    head = encode(array.dtype.str if array.dtype.names is None else str(array.dtype.descr)) + encode(
-        array.shape
-    )
+    head = encode(array.dtype.str if array.dtype.names is None else str(array.dtype.descr)) + encode(array.shape)
     kind = b"ndarray" if isinstance(value, np.ndarray) else b"scalar"
-    return frame(kind, head + digest(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    return frame(kind, head + digest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data))
 
 
 def _encode_tensor(value: torch.Tensor) -> bytes:
@@ -241,7 +230,7 @@ def _span(tensor: torch.Tensor) -> int:
     if tensor.numel() == 0:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
@@ -328,11 +317,7 @@ def row_digests(memory: memoryview, count: int, width: int, seed: int) -> list[b
     if 0 < width < _LARGE_ROW:
         rows = _row_struct(width, count).unpack(memory)
     else:
-        rows = (
-            [memory[start : start + width] for start in range(0, count * width, width)]
-            if width
-            else [b""] * count
-        )
+        rows = [memory[start : start + width] for start in range(0, count * width, width)] if width else [b""] * count
     return list(map(functools.partial(digest, seed=seed), rows))
 
 
@@ -371,7 +356,7 @@ def _threaded_row_digests(memory: memoryview, count: int, width: int, seed: int,
         return [digest(memory[row * width : (row + 1) * width], seed) for row in range(first, last)]
 
     edges = [count * part_number // threads for part_number in range(threads + 1)]
-    spans = list(zip(edges, edges[1:], strict=False))
+    spans = list(itertools.pairwise(edges))
     others = [_pool.get().submit(part, span) for span in spans[1:]]
     found = part(spans[0])
     for other in others:

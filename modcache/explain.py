@@ -50,7 +50,9 @@ class Memory:
         self._lock = threading.Lock()
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
 
-    def remember(self, namespace: str, keyed: Keyed, shared: tuple[tuple[str, bytes], ...], places: Sequence[int]) -> None:
+    def remember(
+        self, namespace: str, keyed: Keyed, shared: tuple[tuple[str, bytes], ...], places: Sequence[int]
+    ) -> None:
         """Remember rows that were computed."""
         digests = _part_digests(keyed)
         with self._lock:

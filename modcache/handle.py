@@ -77,7 +77,7 @@ class Cache:
         """
         namespace, arguments, given = self._attached.asked(self._module, args, kwargs)
         try:
-            batch, keyed = keys_of(self._attached.memo, arguments, given)
+            _, keyed = keys_of(self._attached.memo, arguments, given)
         except Bypass:
             return []
         return contained(self._attached.memo, namespace, keyed.keys)

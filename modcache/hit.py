@@ -69,11 +69,7 @@ def hit(
         return Missed(outline)
     keyed_at = perf_counter()
     found = memo.get(site.namespace, keys)
-    if (
-        len(found) != 1
-        or len(found[0].positions) != recipe.size
-        or memo.passed(site.namespace, recipe.form) is None
-    ):
+    if len(found) != 1 or len(found[0].positions) != recipe.size or memo.passed(site.namespace, recipe.form) is None:
         return Missed(outline, recipe, keys, found)
     try:
         output = tree_of(found[0].rows, recipe.home)

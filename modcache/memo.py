@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ _NOTHING = object()
 TokenDims = tuple[tuple[int, ...], ...]
 
 
-class Bypass(Exception):
+class Bypass(Exception):  # noqa: N818 - it is no error, and never leaves the package
     """This call is to be run as if uncached.
 
     Args:
@@ -57,6 +58,17 @@ class Options:
     verify: float = 0.0
 
 
+_shared: weakref.WeakKeyDictionary[Any, dict[tuple[str, Form], TokenDims]] = weakref.WeakKeyDictionary()
+
+
+def _passed_in(store: Store) -> dict[tuple[str, Form], TokenDims]:
+    """What passed in a store: a copy, or a module of the same content, need not compute stored rows once more."""
+    try:
+        return _shared.setdefault(store, {})
+    except TypeError:  # a store of the user's that has no hash or no weak reference
+        return {}
+
+
 class Memo:
     """What all calls of one cached module share; safe in threads.
 
@@ -77,7 +89,7 @@ class Memo:
         self._counters = Counters()
         self._lock = threading.Lock()
         self._said: set[str] = set()
-        self._passed: dict[tuple[str, Form], TokenDims] = {}
+        self._passed = _passed_in(store)
         self._blocked: dict[Form, str] = {}
         self._unchecked: dict[tuple[str, Form], list[bytes]] = {}
         self._moved = 0
@@ -99,7 +111,7 @@ class Memo:
 
     def passed(self, namespace: str, form: Form) -> TokenDims | None:
         """The token dimensions of the outputs (mostly none) once a self-check passed, else ``None``."""
-        return self._passed.get((namespace, form))
+        return None if form in self._blocked else self._passed.get((namespace, form))
 
     def let_pass(self, namespace: str, form: Form, dims: TokenDims) -> None:
         """Calls of this form may serve and store rows of this namespace from now on."""
@@ -114,7 +126,8 @@ class Memo:
 
     def note_put(self, turn: int, namespace: str, keys: Sequence[bytes]) -> None:
         """Rows are stored that rely on a look at the weights; a write that is noticed late may reach back to it."""
-        self._latest.append((turn, namespace, keys))
+        with self._lock:
+            self._latest.append((turn, namespace, keys))
 
     def drop_since(self, turn: int) -> int:
         """Drop the rows that rely on looks from this one on; how many were among the latest."""

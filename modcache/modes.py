@@ -8,8 +8,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from .errors import UsageError, UsageTypeError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["MODES", "GivenKeys", "current_mode", "given_keys", "keys_for", "mode"]
 
@@ -55,7 +59,7 @@ class mode(contextlib.AbstractContextManager["mode"]):  # noqa: N801 - used like
         self._before = _mode
         _mode = self._name
 
-    def __enter__(self) -> mode:
+    def __enter__(self) -> Self:
         global _mode
         _mode = self._name
         return self
@@ -78,9 +82,9 @@ class GivenKeys:
     """
 
     keys: object
-    calls: dict[int, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
 
-    def number(self, module: int) -> int:
+    def number(self, module: str) -> int:
         """The number of this call of the module inside the block, from 0."""
         number = self.calls.get(module, 0)
         self.calls[module] = number + 1

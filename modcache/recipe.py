@@ -1,4 +1,4 @@
-"""What all calls of one outline have in common, worked out once: which arguments are rows, and the seed of their keys."""
+"""What all calls of one outline have in common, worked out once: which arguments are rows, and their seed."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ class Recipe(NamedTuple):
             return given_keys(given.keys, self.size, self.seed, given.source)
         if self.places == (0,) and args:
             value = args[0]
-            return tensor_row_digests(value, self.seed) if type(value) is torch.Tensor else text_digests(value, self.seed)
+            return (
+                tensor_row_digests(value, self.seed) if type(value) is torch.Tensor else text_digests(value, self.seed)
+            )
         return row_keys(self.parts(args, kwargs), self.seed)
 
     def parts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Part, ...]:
@@ -125,6 +127,8 @@ def recipe_of(batch: Batch, keyed: Keyed, form: Form, home: torch.device, values
     """
     if not all(type(value) in _FLAGS for _, value in batch.shared):
         return None  # its content is in the seed, and an outline shows the content of flags alone
+    if any(column.single for column in batch.columns):
+        return None  # a bare text is one row, and a recipe takes the characters of a text for rows
     if keyed.given:
         return Recipe(batch.size, form, home, keyed.metas, keyed.seed, None)
     if keyed.tokens is not None or not all(isinstance(part, Values | Texts) for part in keyed.parts):

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .digest import is_ordinary
+
 __all__ = [
     "SINGLE",
     "Layout",
@@ -167,10 +169,18 @@ def rows_of(output: object, count: int | None, home: torch.device) -> Rows:
         NotRowsError: naming the leaf that is not one row per input.
     """
     found: list[torch.Tensor] = []
-    node = _part(output, "output", count, home, found)
+    try:
+        node = _part(output, "output", count, home, found)
+    except RecursionError:
+        raise NotRowsError("output is nested too deep, or contains itself") from None
     tensors = tuple(_private(tensor if count is not None else tensor[None]) for tensor in found)
     leaves = tuple((tensor.dtype, tuple(tensor.shape[1:])) for tensor in tensors)
-    return Rows(Layout(_dump(node), leaves), tensors)
+    rows = Rows(Layout(_dump(node), leaves), tensors)
+    try:
+        tree_of(rows, home, whole=count is None)
+    except UnknownClassError as error:  # such a class refuses now what a hit would ask of it
+        raise NotRowsError(f"output cannot be put together again: {error}") from None
+    return rows
 
 
 def _dump(node: Node) -> str:
@@ -194,21 +204,37 @@ def _part(value: object, path: str, count: int | None, home: torch.device, found
         items = [_part(item, f"{path}[{place}]", count, home, found) for place, item in enumerate(value)]  # type: ignore[arg-type, var-annotated]
         return [cls.__name__, items]
     if (kind := _mapping_kind(cls)) is not None:
+        if kind == "output":
+            _nothing_beside(value, [field.name for field in dataclasses.fields(cls)], path)  # type: ignore[arg-type]
         pairs = [
             [_key(key, path), _part(item, f"{path}[{key!r}]", count, home, found)]
             for key, item in value.items()  # type: ignore[attr-defined]
         ]
         return [kind, *_named(cls), pairs]
-    if (names := _field_names(value)) is not None:
+    if (names := _field_names(cls)) is not None:
+        _nothing_beside(value, names, path)
         pairs = [[name, _part(getattr(value, name), f"{path}.{name}", count, home, found)] for name in names]
         return ["named" if isinstance(value, tuple) else "data", *_named(cls), pairs]
     raise NotRowsError(f"{path} is a {cls.__module__}.{cls.__qualname__}, which cannot be stored")
 
 
+def _nothing_beside(value: object, names: Sequence[str], path: str) -> None:
+    """Refuse an object on which more was set than its fields: a hit would come back without that."""
+    for name in getattr(value, "__dict__", ()):
+        if name not in names:
+            raise NotRowsError(f"{path} has an attribute {name!r} beside its fields, which cannot be stored")
+
+
 def _checked_leaf(tensor: torch.Tensor, path: str, count: int | None, home: torch.device) -> torch.Tensor:
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    if not plain or tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise NotRowsError(f"{path} is a {type(tensor).__name__} ({tensor.layout}, {tensor.device}), not a dense tensor")
+    if (
+        not is_ordinary(tensor)
+        or tensor.layout is not torch.strided
+        or tensor.is_quantized
+        or tensor.device.type == "meta"
+    ):
+        raise NotRowsError(
+            f"{path} is a {type(tensor).__name__} ({tensor.layout}, {tensor.device}), not a dense tensor"
+        )
     if count is not None and (tensor.dim() == 0 or tensor.shape[0] != count):
         raise NotRowsError(
             f"{path} has shape {tuple(tensor.shape)}, whose first size is not the number of rows ({count})"
@@ -226,7 +252,7 @@ def _constant(value: object) -> Node | None:
     if cls is bool:
         return ["bool", value]
     if cls is int:
-        return ["int", hex(value)]  # type: ignore[call-overload]
+        return ["int", hex(value)]  # type: ignore[arg-type]
     if cls is float:
         return ["float", value.hex()]  # type: ignore[attr-defined]
     if cls is str:
@@ -248,12 +274,12 @@ def _mapping_kind(cls: type) -> str | None:
     return "output" if issubclass(cls, OrderedDict) and dataclasses.is_dataclass(cls) else None
 
 
-def _field_names(value: object) -> tuple[str, ...] | None:
-    cls = type(value)
-    if isinstance(value, tuple) and hasattr(cls, "_fields"):
-        return tuple(cls._fields)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return tuple(field.name for field in dataclasses.fields(value))
+def _field_names(cls: type) -> tuple[str, ...] | None:
+    """The fields of a namedtuple or a dataclass."""
+    if issubclass(cls, tuple) and (fields := getattr(cls, "_fields", None)) is not None:
+        return tuple(fields)
+    if dataclasses.is_dataclass(cls):
+        return tuple(field.name for field in dataclasses.fields(cls))
     return None
 
 
@@ -276,8 +302,15 @@ def with_token_dims(tree: str, dims: Sequence[tuple[int, ...]]) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def token_dims_of(tree: str) -> tuple[tuple[int, ...], ...]:
-    """The token dimensions of each tensor of a tree, in its order."""
-    return tuple(tuple(leaf.get("tokens", ())) for leaf in _leaf_nodes(json.loads(tree)))
+    """The token dimensions of each tensor of a tree, in its order.
+
+    Raises:
+        UnknownClassError: the tree cannot be read.
+    """
+    try:
+        return tuple(tuple(map(int, leaf.get("tokens", ()))) for leaf in _leaf_nodes(json.loads(tree)))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UnknownClassError(f"the structure of a stored output cannot be read: {error}") from None
 
 
 def _leaf_nodes(node: Node) -> list[dict[str, Any]]:
@@ -304,17 +337,24 @@ def tree_of(rows: Rows, home: torch.device, *, whole: bool = False) -> object:
     """
     if whole:
         rows = Rows(rows.layout, tuple(tensor.squeeze(0) for tensor in rows.tensors))
-    if rows.layout.tree == SINGLE:
+    if rows.layout.tree == SINGLE and len(rows.tensors) == 1:
         tensor = rows.tensors[0]
         return tensor if tensor.device == home else tensor.to(home)
-    return _builder(rows.layout.tree)(list(reversed(rows.tensors)), home)
+    build, left = _builder(rows.layout.tree), list(reversed(rows.tensors))
+    try:
+        output = build(left, home)
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnknownClassError(f"a stored output cannot be put together: {error}") from None
+    if left:
+        raise UnknownClassError(f"a stored output has {len(left)} tensors more than its structure")
+    return output
 
 
 def _builder(tree: str) -> Builder:
     try:
         return _parsed(tree)
-    except UnknownClassError:
-        raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise UnknownClassError(f"the structure of a stored output cannot be read: {error}") from None
 
@@ -349,6 +389,8 @@ def _build(node: Node) -> Builder:
         entries = [(_build(key)([], _CPU), _build(item)) for key, item in pairs]
         return lambda tensors, home: cls((key, item(tensors, home)) for key, item in entries)
     names = [name if kind != "output" else _build(name)([], _CPU) for name, _ in pairs]
+    if kind != "output" and tuple(names) != _field_names(cls):
+        raise UnknownClassError(f"the output class {module}.{qualname} has other fields in this process")
     fields = [_build(item) for _, item in pairs]
     construct = {"data": _fill, "named": _fill_tuple, "output": _call}[kind]
     return lambda tensors, home: construct(
@@ -377,7 +419,7 @@ def _fill_tuple(cls: type, fields: dict[str, object]) -> object:
 
 def _fill(cls: type, fields: dict[str, object]) -> object:
     """A dataclass with these fields; ``__init__`` is not asked, it may compute or refuse fields."""
-    made = object.__new__(cls)
+    made: object = object.__new__(cls)
     for name, value in fields.items():
         object.__setattr__(made, name, value)
     return made
@@ -388,8 +430,8 @@ def _class(kind: str, module: str, qualname: str) -> type:
     found: object = _classes.get((module, qualname))
     if found is None:
         found = sys.modules.get(module)
-        for name in qualname.split("."):
-            found = getattr(found, name, None)
+        for name in qualname.split("."):  # not getattr: modules that load lazily would import
+            found = getattr(found, "__dict__", {}).get(name)
     if not isinstance(found, type) or not _is_kind(found, kind):
         raise UnknownClassError(f"the output class {module}.{qualname} is not loaded in this process")
     return found

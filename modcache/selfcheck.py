@@ -11,7 +11,7 @@ import torch
 
 from .rows import Rows
 
-__all__ = ["difference", "preserved_randomness", "rows_to_check", "tolerance_of"]
+__all__ = ["difference", "preserved_randomness", "rows_to_check", "sizes_of", "tolerance_of"]
 
 _EXACT = 0.0
 _TOLERANCE = {
@@ -32,10 +32,35 @@ def tolerance_of(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, _COARSE)
 
 
-def rows_to_check(places: list[int]) -> list[int]:
-    """At most two of the computed rows, last before first: a row that depends on its place gives itself away."""
-    count = min(2, len(places) // 2)
-    return [places[-1], places[0]][:count]
+def rows_to_check(places: list[int], sizes: list[float]) -> list[int]:
+    """At most two of the computed rows: of middling size, at other places than before, and no mirror images.
+
+    A row that holds the largest or smallest value of its batch would not notice that all rows are scaled by it. The
+    later of the two comes first, so that a row that depends on its place gives itself away.
+
+    Args:
+        places: the computed rows.
+        sizes: how large the output of each is.
+    """
+    count = len(places)
+    if count < 2:
+        return []
+    by_size = sorted(range(count), key=sizes.__getitem__)
+    middling = [by_size[rank] for rank in sorted(range(count), key=lambda rank: abs(2 * rank - count + 1))]
+    if count < 4:
+        return [places[next(number for number in middling if number)]]
+    first = middling[0]
+    second = next(number for number in middling[1:] if first + number != count - 1)
+    return [places[max(first, second)], places[min(first, second)]]
+
+
+def sizes_of(rows: Rows) -> list[float]:
+    """The largest absolute value of each row, as far as its first tensor of fractions shows it."""
+    for tensor in rows.tensors:
+        if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
+            wide = tensor.to(torch.complex64 if tensor.is_complex() else torch.float32).abs()
+            return wide.reshape(len(wide), -1).amax(1).nan_to_num(0.0).tolist()  # type: ignore[no-any-return]
+    return [0.0] * (len(rows.tensors[0]) if rows.tensors else 0)
 
 
 def difference(one: Rows, other: Rows, floor: float = 0.0) -> str | None:
@@ -65,7 +90,7 @@ def _leaf_difference(left: torch.Tensor, right: torch.Tensor, floor: float) -> s
     if tolerance == _EXACT:
         return None if torch.equal(left, right) else "whole numbers that should be equal differ"
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    first, second = left.flatten(1).to(wide), right.flatten(1).to(wide)
+    first, second = (rows.reshape(len(rows), -1 if rows.numel() else 0).to(wide) for rows in (left, right))
     known = torch.isfinite(first) & torch.isfinite(second)
     same = (first == second) | (torch.isnan(first) & torch.isnan(second))
     if not bool((known | same).all()):
@@ -83,7 +108,7 @@ def _leaf_difference(left: torch.Tensor, right: torch.Tensor, floor: float) -> s
 def preserved_randomness() -> Iterator[None]:
     """Leave the random state of torch, its accelerators in use, numpy and Python as it was."""
     python, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

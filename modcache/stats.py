@@ -28,6 +28,9 @@ class Seconds:
     computing: float = 0.0
     storing: float = 0.0
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {getattr(self, name):.3f}" for name in ("keys", "lookup", "computing", "storing"))
+
 
 @dataclass(frozen=True, slots=True)
 class CallReport:
@@ -57,7 +60,8 @@ class CallReport:
 class CallHook(Protocol):
     """Receives a frozen report after each call; see ``cache_of(module).add_hook``."""
 
-    def __call__(self, report: CallReport, /) -> None: ...
+    def __call__(self, report: CallReport, /) -> None:
+        """Take notice of one call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +108,7 @@ class Stats:
             f"bypassed   {self.bypassed:>{width}}",
             *(f"           {count:>{width}}  {reason}" for reason, count in self.reasons.items()),
             f"held       {_readable_bytes(self.bytes)}",
-            f"seconds    keys {self.seconds.keys:.3f}, look-up {self.seconds.lookup:.3f}, "
-            f"computing {self.seconds.computing:.3f}, storing {self.seconds.storing:.3f}",
+            f"seconds    {self.seconds}",
             f"saved      {self.seconds_saved:.3f} s",
         ]
         return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 
 import torch
 from torch import nn
@@ -12,21 +12,36 @@ from .attached import Attached, Before, Requested
 from .classes import ATTACHED, attached_to, cached_class, decorated_class, original_class
 from .errors import LayeredError, NotCachedError, UsageError, UsageTypeError
 from .handle import Cache
-from .keys import extractor_of
-from .notices import warn
+from .keys import Extractor, extractor_of
 from .stores import Store
 
-__all__ = ["cache_of", "cached_module", "is_cached", "uncached"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["CacheOptions", "cache_of", "cached_module", "is_cached", "uncached"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
+class CacheOptions(TypedDict, total=False):
+    """The options of `cached_module`, for type checkers."""
+
+    key: str | Extractor | Callable[[Any], object] | None
+    store: Store | None
+    prepare: Callable[..., Any] | None
+    broadcast: str | Iterable[str]
+    per_row: bool
+    version: str | None
+    freeze: bool
+    verify: float
+
+
 @overload
-def cached_module(module: M, /, **options: Any) -> M: ...
+def cached_module(module: M, /, **options: Unpack[CacheOptions]) -> M: ...
 @overload
-def cached_module(module: type[M], /, **options: Any) -> type[M]: ...
+def cached_module(module: type[M], /, **options: Unpack[CacheOptions]) -> type[M]: ...
 @overload
-def cached_module(module: None = None, /, **options: Any) -> Callable[[type[M]], type[M]]: ...
+def cached_module(module: None = None, /, **options: Unpack[CacheOptions]) -> Callable[[type[M]], type[M]]: ...
 def cached_module(
     module: Any = None,
     /,
@@ -83,10 +98,16 @@ def cached_module(
         UsageError: an option that cannot be right, or a wrapped module wrapped again with other options (a
             ``ValueError``).
     """
-    given = dict(
-        key=key, store=store, prepare=prepare, broadcast=broadcast, per_row=per_row, version=version, freeze=freeze,
-        verify=verify,
-    )  # fmt: skip
+    given = {
+        "key": key,
+        "store": store,
+        "prepare": prepare,
+        "broadcast": broadcast,
+        "per_row": per_row,
+        "version": version,
+        "freeze": freeze,
+        "verify": verify,
+    }
     asked = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
     requested = _requested(**given)
     if module is None:
@@ -103,7 +124,9 @@ _DEFAULTS: dict[str, Any] = {
 def _wrapped(module: Any, requested: Requested, asked: dict[str, Any]) -> Any:
     if isinstance(module, type):
         if not issubclass(module, nn.Module):
-            raise UsageTypeError(f"cached_module(...) takes an nn.Module or a class of them; found the class {module!r}")
+            raise UsageTypeError(
+                f"cached_module(...) takes an nn.Module or a class of them; found the class {module!r}"
+            )
         return _wrap_class(module, requested)
     if not isinstance(module, nn.Module):
         raise UsageTypeError(f"cached_module(...) takes an nn.Module or a class of them; found {module!r}")
@@ -117,7 +140,17 @@ def _wrapped(module: Any, requested: Requested, asked: dict[str, Any]) -> Any:
     return _wrap_instance(module, requested)
 
 
-def _requested(*, key: Any, store: Any, prepare: Any, broadcast: Any, per_row: Any, version: Any, freeze: Any, verify: Any) -> Requested:
+def _requested(
+    *,
+    key: Any,
+    store: Any,
+    prepare: Any,
+    broadcast: Any,
+    per_row: Any,
+    version: Any,
+    freeze: Any,
+    verify: Any,
+) -> Requested:
     """The options, checked.
 
     Raises:
@@ -128,7 +161,9 @@ def _requested(*, key: Any, store: Any, prepare: Any, broadcast: Any, per_row: A
         raise UsageTypeError(f"store must be None, or a store such as MemoryStore(...); found {store!r}")
     if prepare is not None and not callable(prepare):
         raise UsageTypeError(f"prepare must be a function of rows that returns inputs of the module; found {prepare!r}")
-    names = (broadcast,) if isinstance(broadcast, str) else tuple(broadcast) if isinstance(broadcast, Iterable) else (None,)
+    names = (
+        (broadcast,) if isinstance(broadcast, str) else tuple(broadcast) if isinstance(broadcast, Iterable) else (None,)
+    )
     if not all(isinstance(name, str) for name in names):
         raise UsageTypeError(f"broadcast must be names of arguments; found {broadcast!r}")
     if version is not None and not isinstance(version, str):
@@ -253,7 +288,7 @@ def uncached(module: M) -> M:
             "subclass); take that away first."
         )
     if isinstance(module, type):
-        return original  # type: ignore[return-value]
+        return original
     if "forward" in module.__dict__:
         raise LayeredError(
             f"uncached(...) cannot undo: a forward ({module.__dict__['forward']!r}) was patched onto this "
@@ -289,12 +324,10 @@ def cache_of(module: nn.Module) -> Cache:
 
 
 def _need_cached(module: object, verb: str) -> None:
-    if isinstance(module, type):
-        known = issubclass(module, nn.Module)
-    else:
-        known = isinstance(module, nn.Module)
-    if not known:
+    if not (issubclass(module, nn.Module) if isinstance(module, type) else isinstance(module, nn.Module)):
         raise UsageTypeError(f"{verb}(...) takes a cached module; found {module!r}")
     if not is_cached(module):  # type: ignore[arg-type]
         name = module.__name__ if isinstance(module, type) else type(module).__name__
-        raise NotCachedError(f"{verb}(...) takes a cached module, but this {name} is not cached; see cached_module(...)")
+        raise NotCachedError(
+            f"{verb}(...) takes a cached module, but this {name} is not cached; see cached_module(...)"
+        )

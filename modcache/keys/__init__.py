@@ -8,12 +8,11 @@ images and registered objects by their registered function.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..batch import Batch, Bound, Column, row
-from ..digest import digest, encode
 from ..errors import KeyExtractionError, UsageError, UsageTypeError
 from .files import CHECKS
 from .given import given_keys, given_metas
@@ -190,7 +189,9 @@ class _Custom(Extractor):
         try:
             found = self.of_row(value)
         except Exception as error:
-            raise KeyExtractionError(f"the key function raised {type(error).__name__} on row {place}: {error}") from error
+            raise KeyExtractionError(
+                f"the key function raised {type(error).__name__} on row {place}: {error}"
+            ) from error
         return checked_key(found, f"the key function, on row {place},")
 
 

@@ -18,9 +18,7 @@ from .parts import Meta
 
 __all__ = ["given_digests", "given_keys", "given_metas", "given_rows"]
 
-_ACCEPTED = (
-    "one key per row: ints, strings, bytes, tuples of these, a 1-D integer tensor or array, or a tuple of such"
-)
+_ACCEPTED = "one key per row: ints, strings, bytes, tuples of these, a 1-D integer tensor or array, or a tuple of such"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ def _numbers(keys: torch.Tensor | np.ndarray, source: str) -> np.ndarray:
     array = keys.detach().cpu().clone().numpy() if isinstance(keys, torch.Tensor) else keys
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise UsageTypeError(
-            f"{source} must hold {_ACCEPTED}; found a {type(keys).__name__} of {keys.dtype} and shape {tuple(keys.shape)}"
+            f"{source} must hold {_ACCEPTED}; found a {type(keys).__name__} of {keys.dtype}, shape {tuple(keys.shape)}"
         )
     if array.dtype == np.uint64 and len(array) and array.max() > np.iinfo(np.int64).max:
         raise UsageError(f"{source}: unsigned keys must be below 2**63; found {array.max()}")

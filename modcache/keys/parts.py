@@ -28,7 +28,19 @@ from ..rows import bytes_of
 from .files import path_key
 from .registry import encode_registered, has_extractor
 
-__all__ = ["Digested", "Meta", "Part", "Values", "frame_seed", "part_of", "paths_part", "row_keys", "shared_digests", "text_digests", "texts_part"]
+__all__ = [
+    "Digested",
+    "Meta",
+    "Part",
+    "Values",
+    "frame_seed",
+    "part_of",
+    "paths_part",
+    "row_keys",
+    "shared_digests",
+    "text_digests",
+    "texts_part",
+]
 
 Meta = tuple[object, ...]
 """What is the same for all rows of a column: path, kind, dtype, trailing shape. Hashable."""
@@ -57,9 +69,11 @@ class Values(NamedTuple):
     tensor: torch.Tensor
 
     def digests(self, seed: int) -> list[bytes]:
+        """One digest per row."""
         return tensor_row_digests(self.tensor, seed)
 
     def matrix(self) -> np.ndarray | None:
+        """The rows as a byte matrix, if they are small."""
         tensor = self.tensor
         count = tensor.shape[0]
         width = tensor.numel() // max(count, 1) * tensor.element_size()
@@ -79,9 +93,11 @@ class Digested(NamedTuple):
     to_bytes: Callable[[Any], bytes]
 
     def digests(self, seed: int) -> list[bytes]:
+        """One digest per row."""
         return list(map(functools.partial(digest, seed=seed), map(self.to_bytes, self.rows)))
 
     def matrix(self) -> np.ndarray | None:
+        """There is none."""
         return None
 
 
@@ -145,9 +161,11 @@ class Texts(NamedTuple):
     rows: Sequence[str]
 
     def digests(self, seed: int) -> list[bytes]:
+        """One digest per row."""
         return text_digests(self.rows, seed)
 
     def matrix(self) -> np.ndarray | None:
+        """There is none."""
         return None
 
 
@@ -162,9 +180,7 @@ def text_digests(rows: Sequence[str], seed: int) -> list[bytes]:
 
 def paths_part(column: Column, rows: Sequence[Any], check: str) -> Part:
     """Rows that are paths of files."""
-    return Digested(
-        (column.path, "path", check, *_holder(column)), rows, functools.partial(path_key, check=check)
-    )
+    return Digested((column.path, "path", check, *_holder(column)), rows, functools.partial(path_key, check=check))
 
 
 def _array(column: Column) -> Part:

@@ -11,10 +11,20 @@ import torch
 
 from ..batch import Batch, Column
 from ..digest import digest, is_readable, memory_of, settled
-from ..rows import Layout, Rows, token_dims_of, with_token_dims
+from ..rows import Layout, Rows, UnknownClassError, token_dims_of, with_token_dims
 from .parts import Meta, part_of
 
-__all__ = ["PaddingWatch", "TokenRows", "find_tokens", "fit_tokens", "pad_rows", "token_dims", "token_keys", "token_metas", "unpad_rows"]
+__all__ = [
+    "PaddingWatch",
+    "TokenRows",
+    "find_tokens",
+    "fit_tokens",
+    "pad_rows",
+    "token_dims",
+    "token_keys",
+    "token_metas",
+    "unpad_rows",
+]
 
 _PER_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"})
 """Arguments whose values beyond a row's length are padding by definition."""
@@ -63,7 +73,8 @@ def _tail(path: str) -> str:
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
     """The values of an integer or float tensor of the user as a private array."""
-    return settled(tensor).clone().numpy()
+    values: np.ndarray = settled(tensor).clone().numpy()
+    return values
 
 
 def _right_padded(mask: np.ndarray) -> np.ndarray | None:
@@ -73,7 +84,8 @@ def _right_padded(mask: np.ndarray) -> np.ndarray | None:
         return None
     if not ones[:, 0].all() or (ones[:, 1:] > ones[:, :-1]).any():
         return None
-    return np.count_nonzero(ones, axis=1).astype(np.int64)
+    lengths: np.ndarray = np.count_nonzero(ones, axis=1).astype(np.int64)
+    return lengths
 
 
 def _is_per_token(column: Column, lengths: np.ndarray, width: int) -> bool:
@@ -139,7 +151,9 @@ def fit_tokens(batch: Batch, tokens: TokenRows, width: int) -> Batch:
 def _fitted(value: torch.Tensor, width: int) -> torch.Tensor:
     if width <= value.shape[1]:
         return value[:, :width]
-    more = torch.zeros((value.shape[0], width - value.shape[1], *value.shape[2:]), dtype=value.dtype, device=value.device)
+    more = torch.zeros(
+        (value.shape[0], width - value.shape[1], *value.shape[2:]), dtype=value.dtype, device=value.device
+    )
     return torch.cat([value, more], 1)
 
 
@@ -162,7 +176,7 @@ def token_dims(one: Layout, width: int, other: Layout, other_width: int) -> tupl
 
 
 def unpad_rows(rows: Rows, lengths: np.ndarray, dims: tuple[tuple[int, ...], ...]) -> list[tuple[np.ndarray, Rows]]:
-    """The rows in groups of one length, each cut to it: places and rows. The layouts say which dimensions are tokens."""
+    """The rows in groups of one length, each cut to it; the layouts say which dimensions are tokens."""
     tree = with_token_dims(rows.layout.tree, dims)
     groups = []
     for length in np.unique(lengths).tolist():
@@ -186,9 +200,12 @@ def _cut(tensor: torch.Tensor, length: int, dims: tuple[int, ...]) -> torch.Tens
 def pad_rows(count: int, width: int, parts: Sequence[tuple[np.ndarray, Rows]]) -> Rows | None:
     """``count`` rows in order, the token dimensions of every part padded with zeros to ``width``.
 
-    ``None`` if the parts do not agree in everything but the size of those dimensions.
+    ``None`` if the parts do not agree in everything but the size of those dimensions, or cannot be read.
     """
-    layouts = {_padded(rows.layout, width) for _, rows in parts}
+    try:
+        layouts = {_padded(rows.layout, width) for _, rows in parts}
+    except (UnknownClassError, ValueError):
+        return None
     if len(layouts) > 1:
         return None
     layout = layouts.pop()
