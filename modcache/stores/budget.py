@@ -63,9 +63,7 @@ class Budget:
         """Drops retired rows, the longest retired first, until so many bytes are free; what is free then."""
         free = self.free_bytes()
         while free < wanted:
-            retired = [
-                (since, holder) for holder in self._holders if (since := holder.retired_since()) is not None
-            ]
+            retired = [(since, holder) for holder in self._holders if (since := holder.retired_since()) is not None]
             if not retired:
                 break
             min(retired, key=lambda pair: pair[0])[1].drop_retired(wanted - free)
@@ -186,6 +184,4 @@ def _after_fork_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import mmap
-import sys
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 
 from ..digest import memory_of
 from ..errors import UsageError, UsageTypeError
+from .pages import reserve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Column", "DeviceColumn", "HostColumn", "columns_on"]
 
-_MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python < 3.12 has no name for it
 _HUGE_FROM: Final = 64 << 20  # small slabs should not hold pages of 2 MiB that they hardly use
 _SLACK: Final = 1 << 20  # pages beyond the last row that are kept for the next rows
 
@@ -75,7 +74,7 @@ class HostColumn:
         self._exact = dtype in _NUMPY
         self._numpy = _NUMPY[dtype] if self._exact else _STAND_IN[dtype.itemsize]
         self._row_bytes = dtype.itemsize * torch.Size(shape).numel()
-        self._pages = _reserve(most * self._row_bytes)
+        self._pages = reserve(most * self._row_bytes, _HUGE_FROM)
         self._touched = 0
         if self._pages is None:
             self._use(np.empty(0, np.uint8), 0)
@@ -234,27 +233,11 @@ def columns_on(device: str | torch.device) -> tuple[torch.device, Callable[..., 
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(
-            f'device="{device}" cannot be used here ({reason}). '
-            'Use "cpu", "pinned", or an accelerator like "cuda:0".'
+            f'device="{device}" cannot be used here ({reason}). Use "cpu", "pinned", or an accelerator like "cuda:0".'
         ) from None
     if known.type == "meta":
-        raise UsageError(
-            'device="meta" holds no values. Use "cpu", "pinned", or an accelerator like "cuda:0".'
-        )
+        raise UsageError('device="meta" holds no values. Use "cpu", "pinned", or an accelerator like "cuda:0".')
     return known, HostColumn if known.type == "cpu" else functools.partial(DeviceColumn, device=known)
-
-
-def _reserve(size: int) -> mmap.mmap | None:
-    if size == 0 or not hasattr(mmap, "MADV_DONTNEED"):
-        return None
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_NORESERVE if sys.platform == "linux" else 0)
-    try:
-        pages = mmap.mmap(-1, size, flags=flags)
-    except (OSError, OverflowError, ValueError):  # an address-space limit, or strict overcommit
-        return None
-    if size > _HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE, _HUGE_FROM)
-    return pages
 
 
 def _settled(values: torch.Tensor) -> torch.Tensor:

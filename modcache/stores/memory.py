@@ -52,8 +52,8 @@ class MemoryStore:
         ([1], [[1.0, 1.0]])
 
     Args:
-        max_bytes: bound of the bytes held, over all namespaces and layouts: the rows, and from the 1025th row
-            on 64 bytes for finding each. With None, all such stores of the process together hold a quarter
+        max_bytes: bound of the bytes held, over all namespaces and layouts: the rows, and from the 820th row
+            on 80 bytes for finding each. With None, all such stores of the process together hold a quarter
             of the memory that the process may use (of the device's memory, on an accelerator), divided by the
             processes that ``LOCAL_WORLD_SIZE`` counts.
         device: ``"cpu"``, ``"pinned"`` (host memory that an accelerator reads by itself), or an accelerator.
@@ -66,9 +66,7 @@ class MemoryStore:
         self, max_bytes: int | None = None, *, device: str | torch.device = "cpu", eviction: str = "none"
     ) -> None:
         if eviction not in ("none", "lru"):
-            raise UsageError(
-                f'eviction={eviction!r} is not known. Use "none" (keep what came first) or "lru".'
-            )
+            raise UsageError(f'eviction={eviction!r} is not known. Use "none" (keep what came first) or "lru".')
         self._max_bytes = _checked_bound(max_bytes)
         self._device_name, self._eviction = str(device), eviction
         tensors_on, self._make_column = columns_on(device)
@@ -187,17 +185,13 @@ class MemoryStore:
 
     def retired_since(self) -> int | None:
         """When the oldest of the retired namespaces was retired, on a clock that all stores share."""
-        return min(
-            (since for shelf in self._shelves.values() if (since := shelf.retired) is not None), default=None
-        )
+        return min((since for shelf in self._shelves.values() if (since := shelf.retired) is not None), default=None)
 
     def drop_retired(self, wanted: int) -> None:
         """Drops rows of the oldest retired namespace until so many bytes are free or it is empty."""
         self._mend()
         since = self.retired_since()
-        name = next(
-            name for name, shelf in self._shelves.items() if shelf.retired == since and not shelf.torn
-        )
+        name = next(name for name, shelf in self._shelves.items() if shelf.retired == since and not shelf.torn)
         shelf = self._shelves[name]
         if len(shelf):
             self._evicted += shelf.delete(shelf.keys_worth(wanted, self._account.entry_bytes))
@@ -296,7 +290,7 @@ class MemoryStore:
         return self._stamp - count
 
     def _make_slab(self) -> Callable[[Layout], Slab]:
-        # Not a method: a shelf that held its store would keep the rows of a dead module until the next collection.
+        # Not a method: a shelf that held its store would keep the rows of a dead module till the next gc.
         return functools.partial(_slab, self._make_column, self._budget.max_bytes)
 
 

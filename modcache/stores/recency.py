@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from .index import KEY_BYTES, Places, cut_keys
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .index import Places
     from .shelf import Shelf
 
 __all__ = ["Recency"]
@@ -33,7 +34,7 @@ class Recency:
         """Starts a new queue: needed when a row moves between shelves."""
         self._shelves: Sequence[Shelf] = ()
         self._owners = self._stamps = np.empty(0, np.int64)
-        self._keys: list[bytes] = []
+        self._keys = np.empty((0, KEY_BYTES), np.uint8)
 
     def evict(self, shelves: Sequence[Shelf], before: int, count: Callable[[Places], int]) -> int:
         """Drops some of the oldest rows; how many, perhaps none.
@@ -44,15 +45,14 @@ class Recency:
                 those of the batch that needs the room: hence none of it may get into the queue.
             count: says for the bytes of rows, oldest first, how many have to go.
         """
-        if not self._keys:
+        if not len(self._keys):
             self._look_around(shelves, before)
-        keys, owners, stamps = self._keys[:_LEAST], self._owners[:_LEAST], self._stamps[:_LEAST]
+        keys = cut_keys(self._keys[:_LEAST].tobytes())
+        owners, stamps = self._owners[:_LEAST], self._stamps[:_LEAST]
         now, sizes = np.empty_like(stamps), np.empty_like(stamps)
         for owner in np.unique(owners).tolist():
             mine = owners == owner
-            now[mine], sizes[mine] = self._shelves[owner].facts(
-                [keys[i] for i in np.flatnonzero(mine).tolist()]
-            )
+            now[mine], sizes[mine] = self._shelves[owner].facts([keys[i] for i in np.flatnonzero(mine).tolist()])
         unmoved = np.flatnonzero(now == stamps)
         gone = unmoved[: count(sizes[unmoved])] if len(unmoved) else unmoved
         for owner in np.unique(owners[gone]).tolist():
@@ -71,9 +71,8 @@ class Recency:
         wanted = min(len(stamps), max(_LEAST, len(stamps) // _SHARE))
         latest = int(np.partition(stamps, wanted - 1)[wanted - 1])
         old = [shelf.used_until(latest) for shelf in shelves]
-        keys = [key for keys, _ in old for key in keys]
         owners = np.repeat(np.arange(len(old)), [len(keys) for keys, _ in old])
         stamps = np.concatenate([stamps for _, stamps in old])
         order = np.argsort(stamps)
-        self._shelves, self._keys = shelves, [keys[i] for i in order.tolist()]
+        self._shelves, self._keys = shelves, np.concatenate([keys for keys, _ in old])[order]
         self._owners, self._stamps = owners[order], stamps[order]

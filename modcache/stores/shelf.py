@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .account import Account
-from .index import KeyIndex, Places
+from .index import KEY_BYTES, KeyIndex, Places
 from .protocol import Found
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ __all__ = ["Shelf"]
 
 _ROW_BITS = 32  # a place is the number of a slab, then the number of a row in it
 _ROW_MASK = (1 << _ROW_BITS) - 1
+_NONE: Places = np.empty(0, np.int64)
 
 
 class Shelf:
@@ -106,11 +107,11 @@ class Shelf:
         """When each row was used last, for each slab."""
         return [slab.stamps[: slab.count] for slab in self._slabs.values()]
 
-    def used_until(self, stamp: int) -> tuple[list[bytes], Places]:
-        """The keys of rows that were not used later than that, and when they were."""
+    def used_until(self, stamp: int) -> tuple[npt.NDArray[np.uint8], Places]:
+        """The keys of rows that were not used later than that, 16 bytes a row, and when they were."""
         old = [(slab, np.flatnonzero(slab.stamps[: slab.count] <= stamp)) for slab in self._slabs.values()]
-        keys = [key for slab, rows in old for key in slab.keys_at(rows)]
-        return keys, np.concatenate([slab.stamps[rows] for slab, rows in old] or [np.empty(0, np.int64)])
+        keys = [np.empty((0, KEY_BYTES), np.uint8), *(slab.keys[rows] for slab, rows in old)]
+        return np.concatenate(keys), np.concatenate([_NONE, *(slab.stamps[rows] for slab, rows in old)])
 
     def facts(self, keys: Sequence[bytes]) -> tuple[Places, Places]:
         """When each row was used last, -1 where it is absent, and its bytes."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..rows import Layout, Rows
 from .index import KEY_BYTES, Places, cut_keys
+from .pages import zeros
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -52,7 +53,7 @@ class Slab:
         self.row_bytes = layout.row_bytes
         self.count = 0
         self.stamps: Places = np.empty(0, np.int64)
-        self._keys = np.empty((0, KEY_BYTES), np.uint8)
+        self.keys = np.empty((0, KEY_BYTES), np.uint8)
         self._columns = [make_column(dtype, shape) for dtype, shape in layout.leaves]
 
     def take(self, rows: Places) -> Rows:
@@ -66,7 +67,7 @@ class Slab:
         for column, tensor in zip(self._columns, batch.rows.tensors, strict=True):
             column.append(start, tensor, chosen)
         joined = b"".join(batch.keys_at(chosen))
-        self._keys[start:stop] = np.frombuffer(joined, np.uint8).reshape(-1, KEY_BYTES)
+        self.keys[start:stop] = np.frombuffer(joined, np.uint8).reshape(-1, KEY_BYTES)
         self.stamps[start:stop] = chosen + batch.stamp
         self.count = stop
         return np.arange(start, stop)
@@ -86,14 +87,14 @@ class Slab:
         if len(targets):
             for column in self._columns:
                 column.move(targets, sources)
-            self._keys[targets] = self._keys[sources]
+            self.keys[targets] = self.keys[sources]
             self.stamps[targets] = self.stamps[sources]
         self.count = left
         return targets
 
     def keys_at(self, rows: Places) -> list[bytes]:
         """The keys of these rows."""
-        return cut_keys(self._keys[rows].tobytes())
+        return cut_keys(self.keys[rows].tobytes())
 
     def trim(self) -> None:
         """Gives back memory that the rows do not need."""
@@ -109,6 +110,6 @@ class Slab:
             column.fit(count)
 
     def _resize(self, capacity: int) -> None:
-        keys, stamps = self._keys[: self.count], self.stamps[: self.count]
-        self._keys, self.stamps = np.empty((capacity, KEY_BYTES), np.uint8), np.empty(capacity, np.int64)
-        self._keys[: self.count], self.stamps[: self.count] = keys, stamps
+        keys, stamps = self.keys[: self.count], self.stamps[: self.count]
+        self.keys, self.stamps = zeros((capacity, KEY_BYTES), np.uint8), zeros((capacity,), np.int64)
+        self.keys[: self.count], self.stamps[: self.count] = keys, stamps
