@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..batch import Batch, Column
-from ..digest import digest, is_readable, memory_of, settled
+from ..digest import NoContentError, digest, is_readable, memory_of, settled
 from ..rows import Layout, Rows, UnknownClassError, token_dims_of, with_token_dims
 from .parts import Meta, part_of
 
@@ -73,8 +73,10 @@ def _tail(path: str) -> str:
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
     """The values of an integer or float tensor of the user as a private array."""
-    values: np.ndarray = settled(tensor).clone().numpy()
-    return values
+    values = settled(tensor)
+    dtype = torch.float64 if values.dtype.is_floating_point else values.dtype  # numpy has no bfloat16
+    array: np.ndarray = values.to(dtype, copy=True).numpy()
+    return array
 
 
 def _right_padded(mask: np.ndarray) -> np.ndarray | None:
@@ -95,8 +97,11 @@ def _is_per_token(column: Column, lengths: np.ndarray, width: int) -> bool:
         return False
     if _tail(column.path) in _PER_TOKEN:
         return True
+    held = settled(value).contiguous()
+    if not held.numel():
+        return False
     beyond = torch.arange(width, device="cpu") >= torch.from_numpy(lengths)[:, None]
-    return not bool(settled(value)[beyond].any())
+    return not bool(held.view(len(held), width, -1).view(torch.uint8)[beyond].any())
 
 
 # --- keys -----------------------------------------------------------------------------------------------
@@ -252,5 +257,8 @@ class PaddingWatch:
         tokens = find_tokens(batch)
         if tokens is None:
             return False
-        keys = token_keys(batch, tokens, 0)
+        try:
+            keys = token_keys(batch, tokens, 0)
+        except NoContentError:  # something else in the rows, for which the caller gave keys
+            return False
         return any(self._widths.setdefault(keys[place], tokens.width) != tokens.width for place in places)

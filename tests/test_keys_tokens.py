@@ -1,0 +1,346 @@
+"""Rows of tokens are the same whatever their padding, and come back padded."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modcache import cache_of, cached_module
+from modcache.batch import split
+from modcache.keys import tokens as tokens_extractor
+from modcache.keys.registry import is_row
+from modcache.keys.tokens import (
+    PaddingWatch,
+    find_tokens,
+    fit_tokens,
+    pad_rows,
+    token_dims,
+    token_keys,
+    token_metas,
+    unpad_rows,
+)
+from modcache.rows import SINGLE, Layout, Rows, rows_of, token_dims_of, tree_of
+
+from .models import TokenEncoder
+
+CPU = torch.device("cpu")
+
+
+def padded(rows, width=None, dtype=torch.int64):
+    """Ids and mask of lists of ids, padded on the right."""
+    width = max([*map(len, rows), 1]) if width is None else width
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]).reshape(len(rows), width)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], dtype=dtype)
+    return ids, mask.reshape(len(rows), width)
+
+
+def batch_of(ids, mask, **more):
+    return split([("input_ids", ids), ("attention_mask", mask), *more.items()], frozenset(), is_row)
+
+
+def keyed(ids, mask, **more):
+    """Keys as the extractor makes them."""
+    values = {"input_ids": ids, "attention_mask": mask, **more}
+    return tokens_extractor()(list(values.items()), batch_of(ids, mask, **more))
+
+
+sentences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+@given(sentences, st.integers(0, 3), st.integers(0, 3))
+def test_padding_is_no_part_of_the_key(rows, more, other):
+    """The same ids have the same key at any padded width; other ids have another."""
+    width = max(map(len, rows))
+    one, two = keyed(*padded(rows, width + more)), keyed(*padded(rows, width + other))
+    assert one.keys == two.keys
+    assert one.seed == two.seed
+    assert [one.keys.index(key) for key in one.keys] == [rows.index(row) for row in rows]
+
+
+@given(sentences)
+def test_a_row_alone_has_the_key_that_it_has_among_others(rows):
+    """Neighbours and their lengths do not matter."""
+    assert keyed(*padded(rows)).keys == [keyed(*padded([row])).keys[0] for row in rows]
+
+
+@given(sentences, st.integers(0, 3))
+def test_lengths(rows, more):
+    """The length of a row is the number of ones in its mask."""
+    ids, mask = padded(rows, max(map(len, rows)) + more)
+    found = find_tokens(batch_of(ids, mask))
+    assert found.lengths.tolist() == list(map(len, rows))
+    assert found.width == ids.shape[1]
+    assert found.paths == ("input_ids", "attention_mask")
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.uint8, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.float64],
+    ids=str,
+)
+def test_masks_of_any_dtype(dtype):
+    """A mask may be of any dtype that ones and zeros can be written in, and can be resized afterwards."""
+    ids, mask = padded([[1, 2], [3]], dtype=dtype)
+    assert find_tokens(batch_of(ids, mask)).lengths.tolist() == [2, 1]
+    mask.untyped_storage().resize_(0)
+
+
+OTHER_MASKS = {
+    "left": [[0, 1, 1], [1, 1, 1]],
+    "holey": [[1, 0, 1], [1, 1, 1]],
+    "an empty row": [[0, 0, 0], [1, 1, 1]],
+    "weights": [[2, 1, 0], [1, 1, 1]],
+    "additive": [[0, 0, -1], [0, 0, 0]],
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MASKS)
+def test_other_masks_leave_the_padding_in_the_key(kind):
+    """Where the mask is not ones and then zeros, the whole row is the key."""
+    ids, mask = torch.tensor([[1, 2, 3], [1, 2, 3]]), torch.tensor(OTHER_MASKS[kind])
+    assert find_tokens(batch_of(ids, mask)) is None
+    found = keyed(ids, mask)
+    assert found.tokens is None
+    wider = torch.nn.functional.pad(ids, (0, 1)), torch.nn.functional.pad(mask, (0, 1))
+    assert not set(found.keys) & set(keyed(*wider).keys)
+
+
+def test_what_is_no_batch_of_tokens():
+    """Without both arguments, in one shape of two dimensions, nothing is unpadded."""
+    ids, mask = padded([[1, 2], [3]])
+    plain = [("input_ids", ids)]
+    assert find_tokens(split(plain, frozenset(), is_row)) is None
+    assert find_tokens(split([("attention_mask", mask)], frozenset(), is_row)) is None
+    assert find_tokens(batch_of(ids[:, :, None], mask[:, :, None])) is None
+    assert find_tokens(batch_of(ids, mask[:, :1])) is None
+    assert find_tokens(batch_of(ids[:, :0], mask[:, :0])) is None
+    assert find_tokens(batch_of(ids.tolist(), mask)) is None
+    assert find_tokens(batch_of(ids, mask.to_sparse())) is None
+
+
+def test_columns_inside_of_a_mapping():
+    """A `BatchEncoding` given as one argument holds the same columns under longer paths."""
+    ids, mask = padded([[1, 2], [3]])
+    batch = split([("batch", {"input_ids": ids, "attention_mask": mask})], frozenset(), is_row)
+    found = find_tokens(batch)
+    assert found.paths == ("batch['input_ids']", "batch['attention_mask']")
+    assert tokens_extractor().reads(batch)
+    assert not tokens_extractor().reads(split([("x", ids)], frozenset(), is_row))
+
+
+def test_which_columns_are_per_token():
+    """Known names always; anything else of that width if it is zero beyond each row's length."""
+    ids, mask = padded([[1, 2, 3], [4]])
+    clean, dirty = torch.tensor([[1.0, 1, 1], [1, 0, 0]]), torch.ones(2, 3)
+    found = find_tokens(
+        batch_of(
+            ids,
+            mask,
+            token_type_ids=dirty.long(),
+            clean=clean,
+            dirty=dirty,
+            deep=clean[:, :, None] * torch.ones(2),
+            empty=torch.zeros(2, 3, 0),
+            per_row=torch.zeros(2),
+            pixels=torch.zeros(2, 5),
+            names=["a", "b"],
+            coarse=clean.to(torch.float8_e4m3fn),
+        )
+    )
+    assert found.paths == ("input_ids", "attention_mask", "token_type_ids", "clean", "deep", "coarse")
+
+
+def test_everything_else_of_the_row_stays_in_its_key():
+    """Per-token values up to the length, and values per row, tell rows of the same ids apart."""
+    ids, mask = padded([[1, 2], [1, 2], [1, 2]], 4)
+    types = torch.tensor([[0, 0, 9, 9], [0, 0, 7, 7], [0, 1, 9, 9]])
+    first, second, third = keyed(ids, mask, token_type_ids=types).keys
+    assert first == second
+    assert first != third
+    assert len(set(keyed(ids, mask, label=torch.tensor([1, 2, 2])).keys)) == 2
+    assert len(set(keyed(ids, mask, name=["a", "b", "b"]).keys)) == 2
+
+
+@given(sentences, sentences)
+def test_two_columns_do_not_run_into_each_other(rows, others):
+    """Rows have one key exactly if their ids and their types agree up to the length."""
+    count = min(len(rows), len(others))
+    rows, others = rows[:count], others[:count]
+    ids, mask = padded(rows, 4)
+    types = torch.tensor([[*row, 0, 0, 0, 0][:4] for row in others])
+    exact = [(row, types[place, : len(row)].tolist()) for place, row in enumerate(rows)]
+    found = keyed(ids, mask, token_type_ids=types).keys
+    assert [found.index(key) for key in found] == [exact.index(pair) for pair in exact]
+
+
+def test_dtypes_are_part_of_the_key():
+    """int32 ids are not int64 ids, and a mask of another dtype is another call."""
+    ids, mask = padded([[1, 2], [3]])
+    found = [keyed(ids, mask), keyed(ids.int(), mask), keyed(ids, mask.bool()), keyed(ids, mask, extra=torch.zeros(2))]
+    assert len({result.seed for result in found}) == 4
+    batch = batch_of(ids, mask)
+    assert token_metas(batch, find_tokens(batch))[0] == ("tokens",)
+
+
+# --- around the run -------------------------------------------------------------------------------------
+
+
+@given(sentences, st.integers(1, 6))
+def test_fitting_cuts_or_pads_with_zeros(rows, width):
+    """Per-token columns get the width that was asked for; everything else stays."""
+    ids, mask = padded(rows)
+    batch = batch_of(ids, mask, label=torch.arange(len(rows)))
+    fitted = fit_tokens(batch, find_tokens(batch), width)
+    expected = torch.nn.functional.pad(ids, (0, max(width - ids.shape[1], 0)))[:, :width]
+    assert torch.equal(fitted.columns[0].value, expected)
+    assert torch.equal(fitted.columns[2].value, torch.arange(len(rows)))
+
+
+lengths = st.lists(st.integers(1, 4), min_size=1, max_size=5)
+
+
+@given(lengths, st.integers(0, 2))
+def test_unpadding_and_padding_is_the_identity_on_padded_rows(sizes, more):
+    """Rows cut to their lengths and padded again are the rows, where padding was zero."""
+    width = max(sizes) + more
+    count = len(sizes)
+    here = torch.arange(width) < torch.tensor(sizes)[:, None]
+    vectors = torch.where(here[:, :, None], torch.rand(count, width, 2), 0)
+    square = torch.where(here[:, :, None] & here[:, None, :], torch.rand(count, width, width), 0)
+    output = {"vectors": vectors, "square": square, "text": torch.rand(count)}
+    rows = rows_of(output, count, CPU)
+    parts = unpad_rows(rows, np.array(sizes), ((0,), (0, 1), ()))
+    assert sorted(place for places, _ in parts for place in places.tolist()) == list(range(count))
+    for places, part in parts:
+        length = sizes[places[0]]
+        assert part.tensors[0].shape[1:] == (length, 2)
+        assert part.tensors[1].shape[1:] == (length, length)
+        assert token_dims_of(part.layout.tree) == ((0,), (0, 1), ())
+    joined = pad_rows(count, width, parts)
+    back = tree_of(joined, CPU)
+    assert all(torch.equal(back[name], output[name]) for name in output)
+
+
+def test_parts_that_do_not_go_together():
+    """Rows of another structure, or of one that cannot be read, are not padded into one batch."""
+    one = unpad_rows(rows_of(torch.zeros(1, 3), 1, CPU), np.array([2]), ((0,),))
+    two = unpad_rows(rows_of((torch.zeros(1, 3),), 1, CPU), np.array([2]), ((0,),))
+    assert pad_rows(1, 3, one).tensors[0].shape == (1, 3)
+    assert pad_rows(2, 3, [*one, *two]) is None
+    damaged = Rows(Layout("{", ((torch.float32, (3,)),)), (torch.zeros(1, 3),))
+    assert pad_rows(1, 3, [(np.array([0]), damaged)]) is None
+    short = Rows(Layout('["none"]', ((torch.float32, (3,)),)), (torch.zeros(1, 3),))
+    assert pad_rows(1, 3, [(np.array([0]), short)]) is None
+
+
+def layout(*shapes, tree=SINGLE, dtype=torch.float32):
+    return Layout(tree, tuple((dtype, shape) for shape in shapes))
+
+
+def test_which_dimensions_are_tokens():
+    """Those that went from one width to the other; nothing can be told where anything else changed."""
+    assert token_dims(layout((5, 2), (2,)), 5, layout((3, 2), (2,)), 3) == ((0,), ())
+    assert token_dims(layout((5, 5, 7)), 5, layout((3, 3, 7)), 3) == ((0, 1),)
+    assert token_dims(layout((5,)), 5, layout((4,)), 3) is None
+    assert token_dims(layout((6,)), 5, layout((3,)), 3) is None
+    assert token_dims(layout((5,)), 5, layout((3, 1)), 3) is None
+    assert token_dims(layout((5,)), 5, layout((3,), tree="[]"), 3) is None
+    assert token_dims(layout((5,)), 5, layout((3,), (3,)), 3) is None
+    assert token_dims(layout((5,)), 5, layout((3,), dtype=torch.float16), 3) is None
+
+
+@given(st.lists(sentences, min_size=1, max_size=4))
+def test_a_cached_encoder_gives_what_the_plain_one_gives(batches):
+    """With key="tokens", outputs up to the length and pooled ones are the plain module's; padding comes back zero."""
+    plain = TokenEncoder().requires_grad_(False).eval()
+    cached = TokenEncoder()
+    cached.load_state_dict(plain.state_dict())
+    cached_module(cached, freeze=True, key="tokens")
+    for rows in batches:
+        ids, mask = padded(rows)
+        expected, found = plain(ids, mask), cached(ids, mask)
+        torch.testing.assert_close(found, expected)
+
+
+def test_texts_hit_whatever_their_neighbours():
+    """A text that was computed among long ones is a hit among short ones."""
+    cached = cached_module(TokenEncoder(), freeze=True, key="tokens")
+    cached(*padded([[1, 2], [3, 4, 5], [6]]))
+    cached(*padded([[1, 2], [6]]))
+    assert cache_of(cached).stats.hits == 2
+
+
+# --- noticing that the option would help ----------------------------------------------------------------
+
+
+def test_padding_is_noticed():
+    """A row that was computed at another padded width is noticed; the same width, or another row, is not."""
+    watch = PaddingWatch()
+    assert not watch.notices(batch_of(*padded([[1, 2], [3]])), [0, 1])
+    assert not watch.notices(batch_of(*padded([[5, 2], [4]])), [0, 1])
+    assert not watch.notices(batch_of(*padded([[1, 2], [3]], 5)), [])
+    assert watch.notices(batch_of(*padded([[1, 2], [3]], 5)), [1])
+
+
+def test_padding_is_looked_for_on_a_few_hundred_rows_only():
+    """Afterwards nothing is digested for it any more."""
+    watch = PaddingWatch()
+    rows = [[number] for number in range(1, 600)]
+    assert not watch.notices(batch_of(*padded(rows)), range(len(rows)))
+    assert not watch.notices(batch_of(*padded(rows, 5)), range(len(rows)))
+
+
+def test_padding_is_not_looked_for_where_there_is_none():
+    """A batch that is not one of tokens, or that holds something without content, is left alone."""
+    watch = PaddingWatch()
+    assert not watch.notices(split([("x", torch.zeros(2))], frozenset(), is_row), [0])
+    assert not watch.notices(batch_of(*padded([[1], [2]]), extra=[object(), object()]), [0])
+
+
+def test_one_warning_names_the_option():
+    """A loop that would gain from key="tokens" is told so once."""
+    cached = cached_module(TokenEncoder(), freeze=True)
+    cached(*padded([[1, 2], [3]]))
+    with pytest.warns(UserWarning, match='key="tokens" leaves padding out of the key'):
+        cached(*padded([[1, 2], [3]], 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cached(*padded([[1, 2], [3]], 6))
+
+
+class IdsOnly(TokenEncoder):
+    """Takes something opaque per row, too."""
+
+    def forward(self, input_ids, attention_mask, meta):
+        return self.vectors(input_ids).sum(1)
+
+
+def test_opaque_rows_with_given_keys():
+    """With keys given, a per-row argument without content does not break the loop."""
+    cached = cached_module(IdsOnly(), freeze=True)
+    ids, mask = padded([[1, 2], [3]])
+    for _ in range(2):
+        found = cached(ids, mask, [object(), object()], cache_keys=[1, 2])
+    assert torch.equal(found, cached.vectors(ids).sum(1))
+    assert cache_of(cached).stats.hits == 2
+
+
+def test_a_mask_of_bfloat16_is_cached():
+    """The default keys do not stumble over a mask that numpy has no dtype for."""
+    cached = cached_module(TokenEncoder(), freeze=True)
+    ids, mask = padded([[1, 2], [3]], dtype=torch.bfloat16)
+    for _ in range(2):
+        cached(ids, mask)
+    assert cache_of(cached).stats.hits == 2
+
+
+def test_keys_of_rows_are_their_bytes():
+    """Nothing but the unpadded bytes is digested for a row of ids."""
+    ids, mask = padded([[1, 2], [3]])
+    batch = batch_of(ids, mask)
+    assert token_keys(batch, find_tokens(batch), 5) == token_keys(
+        batch_of(*padded([[1, 2], [3]], 9)), find_tokens(batch_of(*padded([[1, 2], [3]], 9))), 5
+    )
