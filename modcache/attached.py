@@ -18,7 +18,7 @@ from .arguments import Arguments, Binder
 from .call import bypass, call
 from .compute import Host
 from .digest import KEY_SCHEME, digest, encode, frame
-from .fingerprint import Fingerprint, Identity, Standing, callable_digest, context, context_facts
+from .fingerprint import Fingerprint, Identity, Standing, context, context_facts
 from .hit import Missed, Site, hit
 from .keys import Given, extractor_of
 from .memo import Bypass, Memo, Options
@@ -71,7 +71,6 @@ class Attached:
     Args:
         name: the class name of the module.
         requested: the options.
-        function: the forward whose signature names the arguments.
         inside: a forward that had been patched on the instance; it is called in place of the class's.
         store: shared with the module that this one is a copy of.
     """
@@ -80,13 +79,10 @@ class Attached:
         self,
         name: str,
         requested: Requested,
-        function: Callable[..., Any],
         inside: Callable[..., Any] | None = None,
         store: Store | None = None,
     ) -> None:
-        self.name = name
         self.requested = requested
-        self.function = function
         self.inside = inside
         self.before: Before | None = None
         self.closed = False
@@ -95,16 +91,18 @@ class Attached:
         self.memo = Memo(name, requested.options, store)
         # Rows in memory are seen by this process alone, so large weights need no digest there.
         self._undigested_from = _LARGE if isinstance(store, MemoryStore) else _NEVER
-        self.identity = Identity(version=requested.version, eager_bytes=self._undigested_from)
-        self._bind = Binder(requested.prepare or inside or partial(function, None))  # None stands for self
+        functions = {"prepare": requested.prepare, "key function": self.memo.options.extractor.function}
+        self.identity = Identity(
+            version=requested.version,
+            eager_bytes=self._undigested_from,
+            also={name: function for name, function in functions.items() if function is not None},
+        )
+        self._binder: Binder | None = None
         self._lock = threading.Lock()
         self._token = uuid.uuid4().hex
         self._namespaces: dict[tuple[int, Context], str] = {}
         self._sites: dict[tuple[int, Context], Site] = {}
-        self._fine: list[Standing | None] = [
-            None,
-            None,
-        ]  # standings that were looked at and are no reason to bypass
+        self._fine: list[Standing | None] = [None, None]  # standings that were looked at and are no reason to bypass
         self._fingerprints: dict[int, Fingerprint] = {}
         self._latest: int | None = None
         self._late_moves = 0
@@ -113,13 +111,13 @@ class Attached:
 
     def __deepcopy__(self, copies: dict[int, Any]) -> Attached:
         """A copy has an identity and counts of its own, and shares the store."""
-        other = Attached(self.name, self.requested, self.function, copy.deepcopy(self.inside, copies), self.memo.store)
+        other = Attached(self.memo.name, self.requested, copy.deepcopy(self.inside, copies), self.memo.store)
         other.before, other.closed = self.before, self.closed
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle holds the options, not the rows."""
-        return _restored, (self.name, self.requested, self.function, self.inside, self.before, self.closed)
+        return _restored, (self.memo.name, self.requested, self.inside, self.before, self.closed)
 
     # --- a call
 
@@ -130,11 +128,7 @@ class Attached:
         keys = kwargs.pop("cache_keys", None)
         grad = torch.is_grad_enabled()
         try:
-            if (reason := self._unusual(module)) is not None:
-                raise Bypass(reason)
-            standing = self.identity.check(module, grad)
-            if standing is not self._fine[grad]:
-                self._refuse_standing(standing, grad)
+            standing = self.refuse(module)
         except Bypass as reason:
             return bypass(self.memo, self._run(module, original), args, kwargs, reason)
         if self.identity.late_moves != self._late_moves:
@@ -148,8 +142,29 @@ class Attached:
         if type(output) is not Missed:
             return output
         settle = partial(self.identity.settle, module)
-        host = Host(self._run(module, original), self._bind, settle, grad, self.identity.turn)
+        host = Host(self._run(module, original), self._bind(original), settle, grad, self.identity.turn)
         return call(self.memo, site, host, args, kwargs, given, output)
+
+    def refuse(self, module: nn.Module) -> Standing:
+        """How the module stands now.
+
+        Raises:
+            Bypass: a call of it would be run as if uncached.
+        """
+        if (reason := self._unusual(module)) is not None:
+            raise Bypass(reason)
+        grad = torch.is_grad_enabled()
+        standing = self.identity.check(module, grad)
+        if standing is not self._fine[grad]:
+            self._refuse_standing(standing, grad)
+        return standing
+
+    def _bind(self, original: type[nn.Module]) -> Binder:
+        """Names the arguments of a call: they are those of ``prepare``, or of the forward."""
+        if self._binder is None:
+            # None stands for self.
+            self._binder = Binder(self.requested.prepare or self.inside or partial(original.forward, None))
+        return self._binder
 
     def _run(self, module: nn.Module, original: type[nn.Module]) -> Callable[..., Any]:
         return partial(original.forward, module) if self.inside is None else self.inside
@@ -245,19 +260,7 @@ class Attached:
 
     def _digest(self, content: bytes, around: Context) -> str:
         options = self.memo.options
-        functions = [
-            b"" if function is None else callable_digest(function)[0]
-            for function in (options.extractor.function, options.prepare)
-        ]
-        parts = (
-            KEY_SCHEME,
-            content,
-            around,
-            options.extractor.name,
-            *functions,
-            self.requested.version,
-            options.per_row,
-        )
+        parts = (KEY_SCHEME, content, around, options.extractor.name, self.requested.version, options.per_row)
         return digest(frame(b"namespace", encode(parts))).hex()
 
     def _superseded(self, state: int) -> None:
@@ -296,7 +299,7 @@ class Attached:
         given = Given(keys) if keys is not None else None
         if given is None and around is not None:
             given = Given(around.keys, 0, "keys_for(...)")
-        return self.namespace(module), self._bind(args, kwargs), given
+        return self.namespace(module), self._bind(type(module))(args, kwargs), given
 
     def parts(self, module: nn.Module) -> Mapping[str, Mapping[str, bytes]]:
         """For each namespace so far, its named parts: those of the module's state, and the context's."""
@@ -316,7 +319,7 @@ class Attached:
         return {
             "namespace": name,
             "key_scheme": KEY_SCHEME,
-            "class": f"{self.function.__module__}.{self.name}",
+            "class": f"{type(module).__module__}.{type(module).__qualname__}",
             "fingerprint": known.digest.hex(),
             "weights": known.weights.hex(),
             "context": {key: str(value) for key, value in context_facts(context()).items()},
@@ -331,11 +334,13 @@ class Attached:
 
     def recheck(self, module: nn.Module) -> bool:
         """Digest all weights; whether something had changed unnoticed, in which case the rows of the state go."""
-        names = self.namespaces()
-        changed = self.identity.recheck(module)
+        names, late = self.namespaces(), self.identity.late_moves
+        changed = self.identity.recheck(module) or self.identity.late_moves != late
+        self._late_moves = self.identity.late_moves
         if changed:
             for name in names:
                 self.memo.delete(name)
+            self._late_moves = self.identity.late_moves  # whoever asked has been answered; no warning follows
         return changed
 
     def clear(self) -> int:
@@ -354,11 +359,10 @@ class Attached:
 def _restored(
     name: str,
     requested: Requested,
-    function: Callable[..., Any],
     inside: Callable[..., Any] | None,
     before: Before | None,
     closed: bool,
 ) -> Attached:
-    attached = Attached(name, requested, function, inside)
+    attached = Attached(name, requested, inside)
     attached.before, attached.closed = before, closed
     return attached

@@ -24,12 +24,12 @@ from .keys.tokens import pad_rows
 from .memo import Bypass, Memo, Options
 from .modes import current_mode
 from .plan import CallPlan, distinct, plan_call, rows_to_serve
-from .recipe import Outline, form_of, recipe_of
+from .recipe import Form, Outline, form_of, recipe_of
 from .rows import Rows, UnknownClassError, join_rows, tree_of
 from .selfcheck import difference
 from .stores import Found
 
-__all__ = ["bypass", "call", "contained", "explained", "keys_of"]
+__all__ = ["bypass", "call", "contained", "explained", "keys_of", "row_count"]
 
 _RECIPES = 1024
 
@@ -84,8 +84,7 @@ def call(
             _remember(memo, missed.outline, -1 if given is None else given.number, job)
             keyed_at = perf_counter()
             found = () if current_mode() == "refresh" else memo.get(site.namespace, keyed.keys)
-        if (blocked := memo.blocked(job.form)) is not None:
-            raise Bypass(blocked)
+        _refuse_blocked(memo, job.form)
         return _cached(job, found, began, keyed_at)
     except Bypass as reason:
         return bypass(memo, host.run, args, kwargs, reason, None if batch is None else batch.size)
@@ -113,12 +112,12 @@ def bypass(
     output = reason.output if reason.ran else run_uncached(memo.options, run, args, kwargs)
     if reason.advice is not None:
         memo.say(reason.reason, reason.advice)
-    count = _row_count(memo.options, args, kwargs) if rows is None else rows
+    count = row_count(memo.options, args, kwargs) if rows is None else rows
     memo.count(None, count, bypassed=count, reason=reason.reason)
     return output
 
 
-def _row_count(options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def row_count(options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """The number of rows of a call that was not split, as far as its first argument shows it."""
     if options.per_row:
         for value in (*args, *kwargs.values()):
@@ -157,6 +156,11 @@ def _refuse(argument: str) -> None:
         f"its argument {argument} needs grad, which a stored row could not pass on; it runs uncached. Detach the "
         "input, or cache a module that comes before everything trained.",
     )
+
+
+def _refuse_blocked(memo: Memo, form: Form) -> None:
+    if (reason := memo.blocked(form)) is not None:
+        raise Bypass(reason)
 
 
 def _needs_grad(value: object) -> bool:
@@ -375,8 +379,18 @@ def keys_of(memo: Memo, arguments: Arguments, given: Given | None) -> tuple[Batc
     return batch, _keyed(memo, batch, arguments, given)
 
 
-def contained(memo: Memo, namespace: str, keys: Sequence[bytes]) -> list[bool]:
-    """Whether each row is stored."""
+def contained(memo: Memo, namespace: str, arguments: Arguments, given: Given | None) -> list[bool]:
+    """Whether each row of a call is stored and would be served.
+
+    Raises:
+        Bypass: the call would be bypassed.
+    """
+    batch, keyed = keys_of(memo, arguments, given)
+    _refuse_blocked(memo, form_of(batch, keyed))
+    return _are_stored(memo, namespace, keyed.keys)
+
+
+def _are_stored(memo: Memo, namespace: str, keys: Sequence[bytes]) -> list[bool]:
     ask = getattr(memo.store, "contains", None)
     if ask is not None:
         return [bool(there) for there in ask(namespace, keys)]
@@ -396,5 +410,6 @@ def explained(
 ) -> list[Explanation]:
     """Why each row of a call would hit or miss."""
     batch, keyed = keys_of(memo, arguments, given)
-    found = contained(memo, namespace, keyed.keys)
+    _refuse_blocked(memo, form_of(batch, keyed))
+    found = _are_stored(memo, namespace, keyed.keys)
     return memo.memory.explain(namespace, keyed, shared_digests(batch), found, namespaces)

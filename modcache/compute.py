@@ -150,12 +150,19 @@ def _run(job: Job, places: list[int], width: int) -> _Run:
     whole = batch is job.batch and places == list(range(batch.size))
     taken = arguments if whole else arguments.taken(batch, places)
     before = _versions(taken)
+    ran = False
+
+    def watched(*args: Any, **kwargs: Any) -> object:
+        nonlocal ran
+        ran = True
+        return job.host.run(*args, **kwargs)
+
     try:
-        output = run_uncached(options, job.host.run, taken.args, taken.kwargs)
+        output = run_uncached(options, watched, taken.args, taken.kwargs)
     except Exception as error:
         if whole or _is_out_of_memory(error):
             raise
-        _only_whole_batches(job, error)
+        _only_whole_batches(job, error, "it" if ran else "its prepare")
     if before != _versions(taken):
         job.memo.block(job.form, "writes into its input")
         raise Bypass(
@@ -176,15 +183,18 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error)
 
 
-def _only_whole_batches(job: Job, error: Exception) -> NoReturn:
+def _only_whole_batches(job: Job, error: Exception, culprit: str) -> NoReturn:
     """The module failed on a part of the batch: does it on the whole? Then it is no matter of rows."""
     arguments = job.arguments
     output = run_uncached(job.memo.options, job.host.run, arguments.args, arguments.kwargs)
-    job.memo.block(job.form, "fails on some of its rows")
+    reason = "fails on some of its rows"
+    what = f"{culprit} raised {type(error).__name__} on some of its rows ({error}), but not on the whole batch"
+    if culprit != "it":  # reading a file may fail once
+        raise Bypass(reason, f"{what}; that call ran uncached.", output) from None
+    job.memo.block(job.form, reason)
     raise Bypass(
-        "fails on some of its rows",
-        f"it runs on a whole batch but raises {type(error).__name__} on some of its rows ({error}); it runs uncached "
-        "from now on. If an argument is the same for all rows, name it in broadcast=.",
+        reason,
+        f"{what}; it runs uncached from now on. If an argument is the same for all rows, name it in broadcast=.",
         output,
     ) from None
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .attached import Attached
-from .call import contained, explained, keys_of
+from .call import contained, explained, keys_of, row_count
 from .explain import Explanation
 from .memo import Bypass
 from .stats import CallHook, Stats
@@ -48,7 +48,7 @@ class Cache:
 
     def __repr__(self) -> str:
         stats = self.stats
-        return f"Cache({self._attached.name}, {stats.rows} rows, {stats.hit_rate:.0%} hits)"
+        return f"Cache({self._attached.memo.name}, {stats.rows} rows, {stats.hit_rate:.0%} hits)"
 
     @property
     def stats(self) -> Stats:
@@ -63,7 +63,7 @@ class Cache:
     @property
     def namespace(self) -> str:
         """Names the module as it is now, with the context (autocast, precision) of this moment; 32 hex digits."""
-        return self._attached.namespace(self._module)
+        return self._attached.memo.namespace(self._module)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -75,27 +75,34 @@ class Cache:
 
         A call that would be bypassed has no stored rows.
         """
-        namespace, arguments, given = self._attached.asked(self._module, args, kwargs)
         try:
-            _, keyed = keys_of(self._attached.memo, arguments, given)
+            self._attached.refuse(self._module)
+            namespace, arguments, given = self._attached.asked(self._module, args, kwargs)
+            return contained(self._attached.memo, namespace, arguments, given)
         except Bypass:
-            return []
-        return contained(self._attached.memo, namespace, keyed.keys)
+            return [False] * row_count(self._attached.memo.options, args, kwargs)
 
     def explain(self, *args: Any, **kwargs: Any) -> list[Explanation]:
         """Why each row of a call would hit or miss; the module is not run."""
-        namespace, arguments, given = self._attached.asked(self._module, args, kwargs)
+        memo = self._attached.memo
         try:
-            return explained(self._attached.memo, namespace, arguments, given, self._attached.parts(self._module))
+            self._attached.refuse(self._module)
+            namespace, arguments, given = self._attached.asked(self._module, args, kwargs)
+            return explained(memo, namespace, arguments, given, self._attached.parts(self._module))
         except Bypass as reason:
-            return [Explanation(0, False, f"the call is bypassed: {reason.advice or reason.reason}")]
+            why = f"the call is bypassed ({reason.reason}): {reason.advice or 'it is run as if uncached'}"
+            return [Explanation(place, False, why) for place in range(row_count(memo.options, args, kwargs))]
 
     def recheck(self) -> bool:
         """Digest all weights in full; whether something had changed unnoticed (then those rows are dropped)."""
         return self._attached.recheck(self._module)
 
     def forget(self, *args: Any, **kwargs: Any) -> int:
-        """Drop the rows of a call everywhere: in all tiers and all namespaces of the store; their number."""
+        """Drop the rows of a call everywhere: in all tiers and all namespaces of the store.
+
+        Returns:
+            The number of records dropped; a row may have one in each state and context of the module.
+        """
         _, arguments, given = self._attached.asked(self._module, args, kwargs)
         try:
             _, keyed = keys_of(self._attached.memo, arguments, given)

@@ -204,7 +204,13 @@ class Memo:
             report = CallReport(self.name, namespace, rows, hits, computed, bypassed, reason, Seconds(*seconds))
             log.debug("%s", report)
             for hook in tuple(self.hooks.values()):
-                hook(report)
+                self._tell(hook, report)
+
+    def _tell(self, hook: CallHook, report: CallReport) -> None:
+        try:
+            hook(report)
+        except Exception as error:
+            self.say("a hook fails", f"its hook {hook!r} raised {type(error).__name__}: {error}; the run goes on.")
 
     def stats(self) -> Stats:
         """What was counted so far."""

@@ -32,7 +32,7 @@ def outline_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], grad: bool) -> 
     outline: list[object] = [len(args), *kwargs]
     for value in itertools.chain(args, kwargs.values()):
         cls = type(value)
-        if cls is torch.Tensor and not (grad and value.requires_grad):
+        if cls is torch.Tensor and not (grad and value.requires_grad) and not value.is_nested:
             outline += (value.dtype, value.shape, value.device)
         elif cls is list and set(map(type, value)) == _TEXT:
             outline += (_TEXT, len(value))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 
@@ -157,7 +159,7 @@ def _requested(
         UsageError, UsageTypeError: naming the option, what it takes, and what was found.
     """
     extractor_of(key)
-    if store is not None and not isinstance(store, Store):
+    if store is not None and (isinstance(store, type) or not isinstance(store, Store)):
         raise UsageTypeError(f"store must be None, or a store such as MemoryStore(...); found {store!r}")
     if prepare is not None and not callable(prepare):
         raise UsageTypeError(f"prepare must be a function of rows that returns inputs of the module; found {prepare!r}")
@@ -178,10 +180,25 @@ def _requested(
     return Requested(key, store, prepare, frozenset(names), per_row, version, freeze, float(verify))
 
 
+def _check_names(function: Callable[..., Any], requested: Requested) -> None:
+    """A misspelt name in ``broadcast`` would silently split what is to stay whole."""
+    try:
+        parameters = inspect.signature(requested.prepare or function).parameters
+    except (TypeError, ValueError):  # a builtin without a signature
+        return
+    if any(value.kind is inspect.Parameter.VAR_KEYWORD for value in parameters.values()):
+        return
+    for name in requested.broadcast:
+        if re.split(r"[.\[]", name)[0] not in parameters:
+            known = ", ".join(map(repr, parameters))
+            raise UsageError(f"broadcast={name!r} names no argument; those of the forward are {known}")
+
+
 def _wrap_instance(module: nn.Module, requested: Requested) -> nn.Module:
     cls = type(module)
+    _check_names(module.forward, requested)
     inside = module.__dict__.pop("forward", None)  # compiled or hooked by accelerate: it goes inside
-    attached = Attached(cls.__name__, requested, cls.forward, inside)
+    attached = Attached(cls.__name__, requested, inside)
     module.__class__ = cached_class(cls)
     module.__dict__[ATTACHED] = attached
     _ready(module, attached)
@@ -192,8 +209,10 @@ def _wrap_class(cls: type[nn.Module], requested: Requested) -> type[nn.Module]:
     if is_cached(cls):
         raise UsageError(f"the class {cls.__name__} is cached already; cached_module(...) takes a class once")
 
+    _check_names(cls.forward, requested)
+
     def attach(module: nn.Module) -> Attached:
-        attached = Attached(cls.__name__, requested, cls.forward)
+        attached = Attached(cls.__name__, requested)
         module.__dict__[ATTACHED] = attached
         _ready(module, attached)
         return attached
@@ -203,10 +222,13 @@ def _wrap_class(cls: type[nn.Module], requested: Requested) -> type[nn.Module]:
 
 def _wrapped_again(module: nn.Module, requested: Requested, asked: dict[str, Any]) -> nn.Module:
     before = attached_to(module).requested
-    if asked and requested != before:
+    differing = [name for name in asked if getattr(requested, name) != getattr(before, name)]
+    if differing:
+        found = ", ".join(f"{name}={getattr(before, name)!r}" for name in differing)
+        wanted = ", ".join(f"{name}={getattr(requested, name)!r}" for name in differing)
         raise UsageError(
-            f"this {type(module).__name__} is cached already, with other options ({before}); "
-            "call uncached(module) first to wrap it anew."
+            f"this {type(module).__name__} is cached already, with {found}; asked for: {wanted}. "
+            "Call uncached(module) first to wrap it anew."
         )
     return module
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import threading
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..digest import digest, encode
@@ -18,7 +19,7 @@ from .watch import LATE_WITHIN, Moved, Watch
 from .weights import Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
 
     from torch import nn
@@ -51,6 +52,7 @@ class _Look:
     watch: Watch
     facts: Facts
     standings: tuple[Standing | None, Standing | None]  # without and with grad mode; None: not asked for yet
+    since: int  # the check that took it
     wanted: tuple[bool, bool]  # whether a caller can use the state, so that the weights are worth a look
 
 
@@ -63,10 +65,19 @@ class Identity:
         version: stands for weights that cannot be read.
         eager_bytes: up to this size the weights are digested at the first look, so that a state that comes
             back is known again; larger ones are only counted, until someone asks for the fingerprint.
+        also: other things that the results depend on, by name (a function that prepares the inputs): their code
+            and what it reaches are followed like the module's own.
     """
 
-    def __init__(self, *, version: str | None = None, eager_bytes: int = 256 << 20) -> None:
+    def __init__(
+        self,
+        *,
+        version: str | None = None,
+        eager_bytes: int = 256 << 20,
+        also: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
         self._version = version
+        self._also = dict(also)
         self._eager_bytes = eager_bytes
         self._asked = False
         self._lock = os.getpid(), threading.RLock()
@@ -91,7 +102,8 @@ class Identity:
 
     def __reduce__(self) -> tuple[Callable[[], Identity], tuple[()]]:
         """A copy, or what a pickle holds, follows another module: it starts anew."""
-        return functools.partial(Identity, version=self._version, eager_bytes=self._eager_bytes), ()
+        options = {"version": self._version, "eager_bytes": self._eager_bytes, "also": self._also}
+        return functools.partial(Identity, **options), ()  # type: ignore[arg-type]
 
     def check(self, module: nn.Module, grad: bool) -> Standing:
         """What the module is now; the very same object as last time when nothing moved."""
@@ -121,16 +133,22 @@ class Identity:
                 return self._unmoved(look, grad)
             moved = seen
         if moved is Moved.LATE and look is not None:
-            self.late_moves += 1
-            self.suspect = Suspect(self._number(), max(0, turn - LATE_WITHIN))
-            self._weights.forget_devices(look.watch)
+            self._noticed_late(look, turn)
         if moved is Moved.WEIGHTS and look is not None and look.watch.still_readable():
-            look = dataclasses.replace(look, watch=look.watch.renewed(), standings=(None, None))
+            look = dataclasses.replace(look, watch=look.watch.renewed(), since=turn, standings=(None, None))
         else:
             look = self._walked(module)
         self._moves_in_a_row += moved is Moved.WEIGHTS
         self._calm = 0
         return self._stand(look, grad, counted=moved is Moved.WEIGHTS)
+
+    def _noticed_late(self, look: _Look, turn: int) -> None:
+        """Tell which rows are suspect: none, if everything was looked at in the check before this one."""
+        self._weights.forget_devices(look.watch)
+        since = max(look.since, turn - LATE_WITHIN)
+        if since < turn - 1:
+            self.late_moves += 1
+            self.suspect = Suspect(self._number(), since)
 
     def _unmoved(self, look: _Look, grad: bool) -> Standing:
         """Nothing moved since the last look: another thread saw it, or the weights have come to rest."""
@@ -147,7 +165,7 @@ class Identity:
     # --- looking ---
 
     def _walked(self, module: nn.Module) -> _Look:
-        return self._kept(walk(module, self._bookkeeping), module)
+        return self._kept(walk(module, self._bookkeeping, self._also), module)
 
     def _kept(self, found: Walk, module: nn.Module) -> _Look:
         watch = Watch(found, module)
@@ -165,10 +183,9 @@ class Identity:
         )
         if self._first_fields is None:
             self._first_fields = facts.fields
-        usable = (
-            not facts.lazy and facts.training is None and (not facts.unreadable or self._version is not None)
-        )
-        return _Look(watch, facts, (None, None), (usable, usable and watch.trainable() is None))
+        usable = not facts.lazy and facts.training is None and (not facts.unreadable or self._version is not None)
+        wanted = usable, usable and watch.trainable() is None
+        return _Look(watch, facts, (None, None), self.turn, wanted)
 
     def _stand(self, look: _Look, grad: bool, counted: bool) -> Standing:
         """Put a look in place, with the standing that is asked for worked out."""
@@ -189,9 +206,7 @@ class Identity:
         if others == standing and others is not None:
             standing = others
         elif self._look is not None:
-            standing = next(
-                (old for old in self._look.standings if old == standing and old is not None), standing
-            )
+            standing = next((old for old in self._look.standings if old == standing and old is not None), standing)
         both = (others, standing) if grad else (standing, others)
         self._look = dataclasses.replace(look, standings=both)
         return standing
@@ -248,12 +263,12 @@ class Identity:
         if look is None or look.watch.moved(module, False, self.turn) is None:
             return None
         with self._locked():
-            found = walk(module, self._bookkeeping)
+            found = walk(module, self._bookkeeping, self._also)
             after = changes(look.watch, look.facts, found, Watch(found, module), self._weights)
             if after.bookkeeping:
                 self._remember(after, look)
                 self._fingerprints.clear()
-                found = walk(module, self._bookkeeping)
+                found = walk(module, self._bookkeeping, self._also)
                 renewed = self._kept(found, module)
                 if after.moved is None:
                     self._look = dataclasses.replace(renewed, standings=look.standings)
@@ -313,14 +328,11 @@ class Identity:
         with self._locked():
             self.check(module, False)
             before = self._at
-            asked, self._asked = self._asked, True
+            self._asked = True
             self._weights.forget()
             look = self._walked(module)
             self._stand(look, False, counted=False)
-            changed = before is not None and before != self._at
-            if changed and asked:
-                self.late_moves += 1
-            return changed
+            return before is not None and before != self._at
 
     def drop(self) -> None:
         """Let go of all memory of the module at once; the next check looks anew."""

@@ -75,14 +75,15 @@ def plain_attributes(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in vars(module) if name not in _KEPT_BY_TORCH)
 
 
-def walk(module: nn.Module, bookkeeping: Mapping[str, bytes | None]) -> Walk:
-    """Look at everything once."""
-    return _Walker(bookkeeping).walk(module)
+def walk(module: nn.Module, bookkeeping: Mapping[str, bytes | None], also: Mapping[str, object]) -> Walk:
+    """Look at everything once, and at other things that its results depend on."""
+    return _Walker(bookkeeping, also).walk(module)
 
 
 class _Walker:
-    def __init__(self, bookkeeping: Mapping[str, bytes | None]) -> None:
+    def __init__(self, bookkeeping: Mapping[str, bytes | None], also: Mapping[str, object]) -> None:
         self._bookkeeping = bookkeeping
+        self._also = also
         self._names: dict[int, str] = {}
         self._modules: dict[str, nn.Module] = {}
         self._tensors: dict[str, torch.Tensor] = {}
@@ -99,6 +100,8 @@ class _Walker:
         self._register(module, "")
         reader = Reader(self._names, self._tensor_names, self._bookkeeping)
         self._hooks(reader, "globally", vars(torch_module), GLOBAL_HOOKS)
+        for name, value in self._also.items():
+            self._parts[name] = digest(reader.value(value, name))
         done = 0
         while done < len(self._modules):  # a read may meet modules that are not registered
             for name, found in list(self._modules.items())[done:]:
@@ -207,9 +210,7 @@ class _Walker:
             self._idle[name] = idle
         self._parts[f"attributes of {place}"] = digest(said)
 
-    def _hooks(
-        self, reader: Reader, place: str, namespace: Mapping[str, Any], kinds: tuple[str, str]
-    ) -> None:
+    def _hooks(self, reader: Reader, place: str, namespace: Mapping[str, Any], kinds: tuple[str, str]) -> None:
         said = b""
         for kind in kinds:
             hooks = namespace[kind]
@@ -241,16 +242,14 @@ def _derived(module: nn.Module) -> set[str]:
     """Attributes that torch's old weight_norm and spectral_norm compute anew before every forward."""
     hooks = vars(module)["_forward_pre_hooks"].values()
     return {
-        hook.name
-        for hook in hooks
-        if type(hook).__module__.startswith("torch.nn.utils.") and hasattr(hook, "name")
+        hook.name for hook in hooks if type(hook).__module__.startswith("torch.nn.utils.") and hasattr(hook, "name")
     }
 
 
 def _extra_repr(module: nn.Module) -> bytes:
     try:
         return encode(module.extra_repr())
-    except Exception:  # noqa: BLE001  # a half-built module; its attributes are read anyway
+    except Exception:  # a half-built module; its attributes are read anyway
         return b""
 
 
