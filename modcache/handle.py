@@ -63,7 +63,7 @@ class Cache:
     @property
     def namespace(self) -> str:
         """Names the module as it is now, with the context (autocast, precision) of this moment; 32 hex digits."""
-        return self._attached.memo.namespace(self._module)
+        return self._attached.namespace(self._module)
 
     @property
     def manifest(self) -> dict[str, Any]:

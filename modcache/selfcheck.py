@@ -59,7 +59,7 @@ def sizes_of(rows: Rows) -> list[float]:
     for tensor in rows.tensors:
         if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
             wide = tensor.to(torch.complex64 if tensor.is_complex() else torch.float32).abs()
-            return wide.reshape(len(wide), -1).amax(1).nan_to_num(0.0).tolist()  # type: ignore[no-any-return]
+            return wide.reshape(len(wide), -1).amax(1).nan_to_num(0.0).tolist()
     return [0.0] * (len(rows.tensors[0]) if rows.tensors else 0)
 
 
