@@ -94,9 +94,7 @@ def global_names(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]
     return _names_of(_Exactly(code))
 
 
-_LIBRARIES = frozenset(
-    {"torch", "torchgen", "functorch", "triton", "numpy", "modcache", *sys.stdlib_module_names}
-)
+_LIBRARIES = frozenset({"torch", "torchgen", "functorch", "triton", "numpy", "modcache", *sys.stdlib_module_names})
 
 
 def of_library(module_name: object) -> bool:

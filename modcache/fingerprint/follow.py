@@ -48,9 +48,7 @@ class Reader(ValueReader):
         if isinstance(value, types.FunctionType):
             return self.function(value, path)
         if isinstance(value, types.MethodType):
-            return frame(
-                b"method", self.value(value.__func__, path) + self.value(value.__self__, f"{path}.__self__")
-            )
+            return frame(b"method", self.value(value.__func__, path) + self.value(value.__self__, f"{path}.__self__"))
         if isinstance(value, functools.partial):
             inside = (value.func, value.args, dict(value.keywords))
             return frame(b"partial", b"".join(self.value(item, path) for item in inside))
@@ -74,9 +72,7 @@ class Reader(ValueReader):
     def function(self, fn: types.FunctionType, path: str) -> bytes:
         """A function by its code, defaults and closure; the global names it reads are followed."""
         closure = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
-        inside = b"".join(
-            self._cell(cell, f"{path} variable {name}") for name, cell in closure if name != "__class__"
-        )
+        inside = b"".join(self._cell(cell, f"{path} variable {name}") for name, cell in closure if name != "__class__")
         if of_library(fn.__module__):
             return frame(b"named", encode(f"{fn.__module__}.{fn.__qualname__}") + inside)
         self.seen.functions[id(fn)] = fn
@@ -138,9 +134,7 @@ class Reader(ValueReader):
             return encode((name, module.__name__))
         read = [attribute for attribute in known if attribute in inner and attribute != name]
         plain = [attribute for attribute in read if not isinstance(inner[attribute], types.ModuleType)]
-        return encode((name, module.__name__)) + b"".join(
-            self._global(inner, attribute, ()) for attribute in plain
-        )
+        return encode((name, module.__name__)) + b"".join(self._global(inner, attribute, ()) for attribute in plain)
 
     def _reach(self, name: str, value: object) -> None:
         # Read later, from a queue: how deep the way to it was must not count, and recursion has a limit.
@@ -161,9 +155,7 @@ class Reader(ValueReader):
             self._reach_class(base)
         names = frame(b"classes", encode([class_name(base) for base in cls.__mro__]))
         patched = [base for base in cls.__mro__ if of_library(base.__module__) and _forward_is_foreign(base)]
-        return names + b"".join(
-            self.value(vars(base)["forward"], f"{class_name(base)}.forward") for base in patched
-        )
+        return names + b"".join(self.value(vars(base)["forward"], f"{class_name(base)}.forward") for base in patched)
 
     def _reach_class(self, cls: type) -> None:
         if not of_library(cls.__module__) and id(cls) not in self.seen.classes:

@@ -39,6 +39,12 @@ class HostProbe:
         number = turn % SETS
         return b"".join(self._sets[number]) == self._expected[number]
 
+    def just_moved(self, turn: int) -> bool:
+        """Whether what differs in this turn's windows differs in those of the turn before, too: a write since."""
+        now, before = turn % SETS, (turn - 1) % SETS
+        differing = [at for at, view in enumerate(self._sets[now]) if bytes(view) != self._pieces[now][at]]
+        return all(bytes(self._sets[before][at]) != self._pieces[before][at] for at in differing)
+
     def pieces(self, at: int) -> tuple[bytes, ...]:
         """All that is seen of one leaf."""
         return tuple(pieces[at] for pieces in self._pieces)
@@ -77,8 +83,7 @@ def _places(count: int, number: int, seed: int) -> list[int]:
     start, stop = count * number // SETS, max(count * (number + 1) // SETS, count * number // SETS + 1)
     # Weyl steps of the golden ratio: spread, different for each leaf, the same in every run.
     return [
-        start + (seed * 0x9E3779B1 + number * 0x85EBCA6B + at * 0xC2B2AE35) % (stop - start)
-        for at in range(_TRIES)
+        start + (seed * 0x9E3779B1 + number * 0x85EBCA6B + at * 0xC2B2AE35) % (stop - start) for at in range(_TRIES)
     ]
 
 
@@ -91,9 +96,7 @@ def _runs(address: int, length: int, size: int, seed: int) -> list[memoryview]:
     return found
 
 
-def _elements(
-    address: int, shape: Sequence[int], strides: Sequence[int], size: int, seed: int
-) -> list[memoryview]:
+def _elements(address: int, shape: Sequence[int], strides: Sequence[int], size: int, seed: int) -> list[memoryview]:
     count = int(np.prod(shape))
     found = []
     for number in range(SETS):

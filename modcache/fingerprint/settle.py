@@ -43,9 +43,7 @@ class Before(Protocol):
 def changes(old: Watch, before: Before, found: Walk, new: Watch, weights: Weights) -> Changes:
     """Compare two looks at a module, one before and one after a forward."""
     replaced = {
-        place
-        for place in {*before.raw, *found.raw}
-        if before.raw.get(place, old) is not found.raw.get(place, old)
+        place for place in {*before.raw, *found.raw} if before.raw.get(place, old) is not found.raw.get(place, old)
     }
     differing = _differing(before.fields, found.seen.fields)
     places = replaced | {place for place in _deepest(differing) if not _inside(place, replaced)}
@@ -66,12 +64,7 @@ def changes(old: Watch, before: Before, found: Walk, new: Watch, weights: Weight
 
 def _counts_calls(name: str, leaf: object, buffers: frozenset[str]) -> bool:
     """An integer buffer of one element, like BatchNorm's count of batches."""
-    return (
-        name in buffers
-        and isinstance(leaf, torch.Tensor)
-        and leaf.numel() == 1
-        and not leaf.is_floating_point()
-    )
+    return name in buffers and isinstance(leaf, torch.Tensor) and leaf.numel() == 1 and not leaf.is_floating_point()
 
 
 def _differing(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> set[str]:

@@ -26,9 +26,7 @@ _SAFE = frozenset(getattr(nn, name) for name in _SAFE_NAMES if hasattr(nn, name)
     parametrizations._WeightNorm,
     parametrizations._Orthogonal,
 }
-_DROPOUTS = frozenset(
-    {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout}
-)
+_DROPOUTS = frozenset({nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout})
 _RECURRENT = frozenset({nn.RNN, nn.LSTM, nn.GRU})
 
 

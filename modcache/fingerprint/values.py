@@ -129,9 +129,7 @@ class ValueReader:
         if isinstance(value, weakref.ref):
             return frame(b"weak", self.value(value(), path))
         if isinstance(value, _DecoratorContextManager):  # torch.no_grad around a method; "prev" is call state
-            return frame(
-                b"context", encode(class_name(type(value))) + self.fields(_without(vars(value), "prev"), path)
-            )
+            return frame(b"context", encode(class_name(type(value))) + self.fields(_without(vars(value), "prev"), path))
         return self._object(value, path)
 
     def _opaque(self, value: object, path: str) -> bytes:
@@ -215,8 +213,7 @@ class ValueReader:
             self.seen.mappings[id(fields)] = fields
             self.fields(fields, path)
         pairs = (
-            self.value(key, f"{path} key") + self.value(item, f"{path}[{key!r:.40}]")
-            for key, item in value.items()
+            self.value(key, f"{path} key") + self.value(item, f"{path}[{key!r:.40}]") for key, item in value.items()
         )
         return frame(b"mapping", head + b"".join(pairs))
 
@@ -244,7 +241,7 @@ class ValueReader:
 
     # --- code, which a subclass reads ---
 
-    def callable(self, value: object, path: str) -> bytes | None:  # noqa: ARG002
+    def callable(self, value: object, path: str) -> bytes | None:
         """The bytes of a function or another callable; None for anything else."""
         return None
 

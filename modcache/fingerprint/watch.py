@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..digest import is_readable
+from .follow import installed_class
 from .probe import SETS, DeviceProbe, HostProbe
 from .walk import GLOBAL_HOOKS, Walk, submodules
 
@@ -56,15 +57,16 @@ class Watch:
     """
 
     def __init__(self, found: Walk, module: nn.Module) -> None:
-        others = {
-            name: other for name, other in submodules(found) if "training" in vars(other)
-        }  # not scripted
+        # A scripted module keeps its state elsewhere; the walk says that it cannot be read.
+        others = {name: other for name, other in submodules(found) if "training" in vars(other)}
         self._root_type = type(module)
         self._modules = list(others.values())
         self._types = list(map(type, self._modules))
         self._dicts = [vars(other) for other in self._modules]
         self._lengths = [len(inner) for inner in (vars(module), *self._dicts)]
-        self._classes = list(dict.fromkeys([self._root_type, *self._types]))
+        # The forward of a base too: a class that replaces it may still call it.
+        bases = [cls for cls in found.seen.classes.values() if "forward" in vars(cls)]
+        self._classes = list(dict.fromkeys([self._root_type, *self._types, *bases]))
         self._forwards = list(map(_forward, self._classes))
         self._inside(module)
         self._outside(found)
@@ -99,7 +101,10 @@ class Watch:
         seen = found.seen
         self._mappings = list(seen.mappings.values())
         self._sequences = list(seen.sequences.values())
-        self._sized = [*self._mappings, *self._sequences]
+        # The bodies of the user's own classes; those of installed ones are looked at in turn.
+        own = [cls for cls in seen.classes.values() if cls not in seen.busy and not installed_class(cls)]
+        self._bodies = [vars(cls) for cls in own]
+        self._sized = [*self._mappings, *self._sequences, *self._bodies]
         self._sizes = list(map(len, self._sized))
         self._cells = [cell for cell, _ in seen.cells.values()]
         self._items = list(self._all_items())
@@ -109,6 +114,7 @@ class Watch:
             _chain(self._mappings),
             _chain(map(dict.values, self._mappings)),
             _chain(self._sequences),
+            _chain([body.values() for body in self._bodies]),
             map(_contents, self._cells),
         )
 
@@ -130,9 +136,7 @@ class Watch:
         self._values = list(self._all_values(module))
 
     def _all_values(self, module: nn.Module) -> Iterable[object]:
-        return _chain(
-            _chain([[self._own(module.__dict__)], *[map(get, dicts) for get, dicts in self._groups]])
-        )
+        return _chain(_chain([[self._own(module.__dict__)], *[map(get, dicts) for get, dicts in self._groups]]))
 
     def same_structure(self, module: nn.Module) -> bool:
         """Whether modules, classes, hooks, attributes, containers and constants are the very same."""
@@ -155,16 +159,15 @@ class Watch:
         """What hardly ever changes is looked at a part at a time, so a change may be noticed late.
 
         The code and defaults of functions (a reloader puts new code into old functions), the bodies of
-        classes besides ``forward``, and attributes that a torch layer's own ``forward`` does not read.
+        installed classes besides ``forward``, and what a torch layer's own ``forward`` does not read.
         """
         functions = list(found.seen.functions.values())
         looks: list[Callable[[], tuple[object, ...]]] = [
             functools.partial(_codes, functions[at : at + _FUNCTIONS_AT_ONCE])
             for at in range(0, len(functions), _FUNCTIONS_AT_ONCE)
         ]
-        looks += [
-            functools.partial(_body, cls) for cls in found.seen.classes.values() if cls not in found.seen.busy
-        ]
+        theirs = [cls for cls in found.seen.classes.values() if cls not in found.seen.busy and installed_class(cls)]
+        looks += [functools.partial(_body, cls) for cls in theirs]
         idle = [(_getter(names), vars(found.modules[name])) for name, names in found.idle.items() if name]
         for at in range(0, len(idle), _MODULES_AT_ONCE):
             looks.append(functools.partial(_fetched, idle[at : at + _MODULES_AT_ONCE]))
@@ -269,9 +272,9 @@ class Watch:
             or (self._arrays and list(map(_array_pointer, self._arrays)) != self._array_pointers)
         ):
             return Moved.WEIGHTS
-        if not self._probe.same(turn) or (
-            self._device_probes and any(p.differs() for p in self._device_probes)
-        ):
+        if not self._probe.same(turn):
+            return Moved.WEIGHTS if self._probe.just_moved(turn) else Moved.LATE
+        if self._device_probes and any(p.differs() for p in self._device_probes):
             return Moved.LATE
         return None
 
@@ -298,14 +301,14 @@ class Watch:
             if not weights:
                 return None
             return self.same_weights(turn) or (None if self.same_in_turn(turn) else Moved.LATE)
-        except Exception:  # noqa: BLE001  # a name is gone, a tensor met its replacement, a storage was freed
+        except Exception:  # a name is gone, a tensor met its replacement, a storage was freed
             return Moved.STRUCTURE
 
 
 def _single(tensor: torch.Tensor) -> bool:
     try:
         return tensor.numel() == 1
-    except Exception:  # noqa: BLE001  # an uninitialised parameter has no size
+    except Exception:  # an uninitialised parameter has no size
         return True
 
 

@@ -78,5 +78,5 @@ def leaf_digest(leaf: Any) -> bytes:
 def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
     try:
         return tuple(map(int, tensor.shape))
-    except Exception:  # noqa: BLE001  # an uninitialised or nested tensor has none
+    except Exception:  # an uninitialised or nested tensor has none
         return None
