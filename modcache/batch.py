@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,6 +100,8 @@ def _single_row(
 
 def _length(value: object) -> int | None:
     """The number of rows of a leaf, or ``None`` if it has no rows."""
+    if isinstance(value, torch.Tensor) and value.is_nested:
+        return None  # it has no sizes to ask for
     if isinstance(value, torch.Tensor | np.ndarray):
         return len(value) if value.ndim else None
     return len(value) if isinstance(value, list | tuple) else None
@@ -130,12 +132,18 @@ def _items(value: object, is_row: IsRow) -> list[tuple[str, object]] | None:
             return None
         return [(f"[{place}]", item) for place, item in enumerate(value)]
     if isinstance(value, Mapping):
-        if not all(isinstance(key, str | int) for key in value):
-            return None
+        if not isinstance(value, MutableMapping) or not all(isinstance(key, str | int) for key in value):
+            return None  # some of its rows could not be put into another one
         return [(f"[{key!r}]", item) for key, item in value.items()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [(f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return [(f".{name}", getattr(value, name)) for name in _names(value)]
     return None
+
+
+def _names(value: Any) -> list[str]:
+    """The fields of a dataclass, and what else was set on it."""
+    fields = [field.name for field in dataclasses.fields(value)]
+    return [*fields, *(name for name in getattr(value, "__dict__", ()) if name not in fields)]
 
 
 # --- taking rows ----------------------------------------------------------------------------------------
@@ -164,10 +172,7 @@ def _rebuilt(value: Any, path: str, columns: Mapping[str, Column], places: Seque
     if dataclasses.is_dataclass(value):
         return _like_dataclass(
             value,
-            {
-                field.name: _rebuilt(getattr(value, field.name), f"{path}.{field.name}", columns, places)
-                for field in dataclasses.fields(value)
-            },
+            {name: _rebuilt(getattr(value, name), f"{path}.{name}", columns, places) for name in _names(value)},
         )
     raise AssertionError(f"{path}: a {type(value)} was walked into but cannot be rebuilt")
 
@@ -221,9 +226,7 @@ def _row_of(value: Any, path: str, columns: Mapping[str, Column], place: int) ->
         return dict(zip(value, parts, strict=True))
     if isinstance(value, tuple):
         return tuple.__new__(type(value), parts)
-    return _like_dataclass(
-        value, {field.name: part for field, part in zip(dataclasses.fields(value), parts, strict=True)}
-    )
+    return _like_dataclass(value, dict(zip(_names(value), parts, strict=True)))
 
 
 def _never(_: object) -> bool:

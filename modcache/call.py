@@ -12,7 +12,7 @@ import torch
 
 from .arguments import Arguments
 from .batch import Batch, NoRowsError, split
-from .compute import Computed, Host, Job, Part, compute, compute_again, run_uncached
+from .compute import Computed, Host, Job, Part, compute, compute_again, run_uncached, self_check_failed
 from .digest import NoContentError, digest, encode, frame
 from .errors import CacheMissError, StaleRecordError
 from .explain import Explanation
@@ -232,6 +232,8 @@ def _cached(job: Job, found: tuple[Found, ...], began: float, keyed_at: float) -
         if mode == "require-hit":
             raise _missing_rows(job, plan)
         plan, computed, output = _computed(job, plan)
+        if found and not plan.found and keyed.tokens is None:
+            _refuse_contradiction(job, found, plan, computed)
         computed_at = perf_counter()
         if mode != "read-only":
             _put(job, plan, computed)
@@ -270,6 +272,17 @@ def _computed(job: Job, plan: CallPlan) -> tuple[CallPlan, Computed, object]:
     if output is _UNKNOWN:
         raise AssertionError(f"{job.memo.name}: {len(plan.compute)} rows of one run do not go together")
     return plan, computed, output
+
+
+def _refuse_contradiction(job: Job, found: tuple[Found, ...], plan: CallPlan, computed: Computed) -> None:
+    """Rows that are stored were computed once more, among others: did they come out as before?"""
+    keys = job.keyed.keys
+    number = {keys[place]: index for index, place in enumerate(plan.compute)}
+    for part in found:
+        own = computed.parts[0][1].take([number[keys[place]] for place in part.positions.tolist()])
+        differs = difference(part.rows, own, job.site.floor)
+        if differs is not None:
+            raise self_check_failed(job, f"rows that were stored came out otherwise in this batch: {differs}")
 
 
 def _put(job: Job, plan: CallPlan, computed: Computed) -> None:

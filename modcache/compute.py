@@ -16,9 +16,9 @@ from .keys.tokens import TokenRows, fit_tokens, token_dims, unpad_rows
 from .memo import Bypass, Memo, Options, TokenDims
 from .recipe import Form
 from .rows import NotRowsError, Rows, rows_of
-from .selfcheck import difference, preserved_randomness, rows_to_check, sizes_of
+from .selfcheck import difference, lengths_of, preserved_randomness, rows_to_check, sizes_of
 
-__all__ = ["Computed", "Host", "Job", "Part", "compute", "compute_again", "run_uncached"]
+__all__ = ["Computed", "Host", "Job", "Part", "compute", "compute_again", "run_uncached", "self_check_failed"]
 
 Part = tuple[np.ndarray, Rows]
 """Places in a batch, and the rows that belong there."""
@@ -285,7 +285,7 @@ def _choice(job: Job, places: list[int], rows: Rows, width: int) -> tuple[list[i
         return places, 0
     sizes = sizes_of(rows) or [0.0] * len(places)
     if tokens is None:
-        return rows_to_check(places, sizes), 0
+        return rows_to_check(places, sizes, lengths_of(job.batch, places)), 0
     shorter = [number for number, place in enumerate(places) if tokens.lengths[place] < width]
     if shorter:
         own = [places[number] for number in shorter]
@@ -314,6 +314,18 @@ def _comparable(
 
 
 def _fail(job: Job, run: _Run, what: str) -> NoReturn:
+    outputs = (run.output,) if run.whole else ()
+    raise self_check_failed(job, f"run again on a few rows of a batch, it did not give the same rows: {what}", *outputs)
+
+
+def self_check_failed(job: Job, what: str, *output: object) -> Bypass:
+    """Block calls of this form, because rows depend on more than themselves; to be raised.
+
+    Args:
+        job: the call.
+        what: how that was found out.
+        output: what the module gave on the very call, if it ran on it.
+    """
     reason = "self-check failed"
     job.memo.block(job.form, reason)
     hint = (
@@ -321,9 +333,8 @@ def _fail(job: Job, run: _Run, what: str) -> NoReturn:
         if job.keyed.tokens is not None
         else "if it is random, make it deterministic; if an argument is the same for all rows, name it in broadcast="
     )
-    raise Bypass(
+    return Bypass(
         reason,
-        f"run again on a few rows of a batch, it did not give the same rows: {what}. Its rows depend on chance or on "
-        f"each other, so it runs uncached from now on. What to do: {hint}.",
-        *((run.output,) if run.whole else ()),
+        f"{what}. Its rows depend on chance or on each other, so it runs uncached from now on. What to do: {hint}.",
+        *output,
     )

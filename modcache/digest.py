@@ -192,7 +192,8 @@ def _encode_array(value: np.ndarray | np.generic, more: Encoder | None) -> bytes
 
 
 def _encode_tensor(value: torch.Tensor) -> bytes:
-    return frame(b"tensor", encode(value.dtype) + encode(tuple(value.shape)) + tensor_digest(value))
+    content = tensor_digest(value)  # first: what has no content may have no shape either
+    return frame(b"tensor", encode(value.dtype) + encode(tuple(value.shape)) + content)
 
 
 # --- memory of tensors ----------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from .batch import Batch
 from .rows import Rows
 
-__all__ = ["difference", "preserved_randomness", "rows_to_check", "sizes_of", "tolerance_of"]
+__all__ = ["difference", "lengths_of", "preserved_randomness", "rows_to_check", "sizes_of", "tolerance_of"]
 
 _EXACT = 0.0
 _TOLERANCE = {
@@ -32,26 +33,47 @@ def tolerance_of(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, _COARSE)
 
 
-def rows_to_check(places: list[int], sizes: list[float]) -> list[int]:
+def rows_to_check(places: list[int], sizes: list[float], lengths: list[int] | None = None) -> list[int]:
     """At most two of the computed rows: of middling size, at other places than before, and no mirror images.
 
     A row that holds the largest or smallest value of its batch would not notice that all rows are scaled by it. The
-    later of the two comes first, so that a row that depends on its place gives itself away.
+    later of the two comes first, so that a row that depends on its place gives itself away. Where inputs differ in
+    length, the shortest is among them: it shows whether rows are padded to the longest of their batch.
 
     Args:
         places: the computed rows.
         sizes: how large the output of each is.
+        lengths: how long the input of each is, where that differs.
     """
     count = len(places)
     if count < 2:
         return []
     by_size = sorted(range(count), key=sizes.__getitem__)
     middling = [by_size[rank] for rank in sorted(range(count), key=lambda rank: abs(2 * rank - count + 1))]
+    shortest = None if lengths is None else min(range(count), key=lengths.__getitem__)
     if count < 4:
-        return [places[next(number for number in middling if number)]]
-    first = middling[0]
-    second = next(number for number in middling[1:] if first + number != count - 1)
+        return [places[next(number for number in middling if number) if shortest is None else shortest]]
+    first = middling[0] if shortest is None else shortest
+    second = next(number for number in middling if number != first and first + number != count - 1)
     return [places[max(first, second)], places[min(first, second)]]
+
+
+def lengths_of(batch: Batch, places: list[int]) -> list[int] | None:
+    """The lengths of the rows in the first list of texts, tensors or arrays that differ in it, if there is one."""
+    for column in batch.columns:
+        if isinstance(column.value, list | tuple) and not column.single:
+            lengths = [_length(column.value[place]) for place in places]
+            if len(set(lengths)) > 1:
+                return lengths
+    return None
+
+
+def _length(row: object) -> int:
+    if isinstance(row, torch.Tensor):
+        return row.numel()
+    if isinstance(row, np.ndarray):
+        return row.size
+    return len(row) if isinstance(row, str | bytes | list | tuple) else 0
 
 
 def sizes_of(rows: Rows) -> list[float]:

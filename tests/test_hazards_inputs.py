@@ -136,7 +136,11 @@ DTYPES = [
 def test_every_dtype(dtype):
     """Inputs and outputs of every dtype come back as they are, and rows of equal bytes but other dtypes differ."""
     cached, plain = pair(Apply(lambda x: x.clone()))
-    x = (X * 4).to(dtype) if dtype not in (torch.uint16, torch.uint32, torch.uint64) else (X.abs() * 4).to(torch.uint8).to(dtype)
+    x = (
+        (X * 4).to(dtype)
+        if dtype not in (torch.uint16, torch.uint32, torch.uint64)
+        else (X.abs() * 4).to(torch.uint8).to(dtype)
+    )
     for _ in range(2):
         found = cached(x)
         assert found.dtype == dtype
@@ -662,7 +666,13 @@ def test_list_of_tensors_of_several_shapes():
 
 def test_texts():
     """Texts as list, tuple (from default_collate) and single string; no confusion of boundaries."""
-    cached, plain = pair(Apply(lambda texts: torch.tensor([[len(t), sum(map(ord, t))] for t in ([texts] if isinstance(texts, str) else texts)])))
+    cached, plain = pair(
+        Apply(
+            lambda texts: torch.tensor(
+                [[len(t), sum(map(ord, t))] for t in ([texts] if isinstance(texts, str) else texts)]
+            )
+        )
+    )
     agree(cached, plain, ["ab", "c"])
     agree(cached, plain, ["a", "bc"])
     agree(cached, plain, ("ab", "c"))
@@ -686,7 +696,13 @@ def test_default_collate_of_dicts():
 
 def test_lists_of_arrays_numbers_and_bytes():
     """Lists of arrays, numbers and bytes are rows; types of numbers count."""
-    cached, plain = pair(Apply(lambda v: torch.tensor([float(np.sum(np.frombuffer(i, "u1") if isinstance(i, bytes) else i)) + isinstance(i, float) for i in v])))
+    cached, plain = pair(
+        Apply(
+            lambda v: torch.tensor(
+                [float(np.sum(np.frombuffer(i, "u1") if isinstance(i, bytes) else i)) + isinstance(i, float) for i in v]
+            )
+        )
+    )
     agree(cached, plain, [np.ones(3), np.ones((3, 1)), np.zeros(2, "f4"), np.zeros(2, "i4")])
     agree(cached, plain, [1, 2, 3])
     agree(cached, plain, [1.0, 2.0, 3.0])
@@ -699,9 +715,18 @@ def test_numpy_arrays_of_every_kind():
     a = np.arange(12).reshape(4, 3)
     frozen_array = a.copy()
     frozen_array.setflags(write=False)
-    for array in (a, frozen_array, np.asfortranarray(a), a.astype(">i4"), a[::-1], a[:, ::2], np.array(["a", "bb", "ccc", "d"]),
-                  np.array(["a", None, 1, 2.0], dtype=object), np.array([(1, 2.0)] * 4, dtype=[("a", "i4"), ("b", "f8")]),
-                  np.arange(4).astype("datetime64[D]")):
+    for array in (
+        a,
+        frozen_array,
+        np.asfortranarray(a),
+        a.astype(">i4"),
+        a[::-1],
+        a[:, ::2],
+        np.array(["a", "bb", "ccc", "d"]),
+        np.array(["a", None, 1, 2.0], dtype=object),
+        np.array([(1, 2.0)] * 4, dtype=[("a", "i4"), ("b", "f8")]),
+        np.arange(4).astype("datetime64[D]"),
+    ):
         with Quiet():
             agree(cached, plain, array)
 
@@ -762,7 +787,9 @@ def test_what_prepare_returns(kind):
     cached, plain = pair(Takes(), prepare=prepare)
     for numbers in ([1, 2, 3], [3, 4, 1], [4]):
         given = prepare(numbers)
-        expected = plain(*given) if kind == "tuple" else plain(**given) if kind in ("mapping", "userdict") else plain(given)
+        expected = (
+            plain(*given) if kind == "tuple" else plain(**given) if kind in ("mapping", "userdict") else plain(given)
+        )
         for _ in range(2):
             assert_same(cached(numbers), expected)
 
@@ -838,7 +865,12 @@ def test_cache_keys_in_all_forms():
         for _ in range(2):
             assert_same(cached(x, cache_keys=form), plain(x))
     x = X - 1
-    for form in (torch.arange(100, 106), np.arange(100, 106), list(range(100, 106)), torch.arange(100, 106, dtype=torch.int32)):
+    for form in (
+        torch.arange(100, 106),
+        np.arange(100, 106),
+        list(range(100, 106)),
+        torch.arange(100, 106, dtype=torch.int32),
+    ):
         assert_same(cached(x, cache_keys=form), plain(x))
     assert computed(cached) == 6 * len(forms) + 6
 
@@ -992,6 +1024,7 @@ def test_two_key_lambdas_of_one_line():
 
 def test_key_function_that_closes_over_state():
     """A key function is known by what it closes over."""
+
     def make(place):
         return lambda row: float(row[place])
 
@@ -1130,7 +1163,13 @@ def test_registered_function_that_gives_no_key():
 def test_images():
     """PIL images are keyed by pixels, mode, palette and orientation."""
     Image = pytest.importorskip("PIL.Image")
-    cached, plain = pair(Apply(lambda images: torch.stack([torch.from_numpy(np.asarray(i.convert("RGB"), "f4")).mean((0, 1)) for i in images])))
+    cached, plain = pair(
+        Apply(
+            lambda images: torch.stack(
+                [torch.from_numpy(np.asarray(i.convert("RGB"), "f4")).mean((0, 1)) for i in images]
+            )
+        )
+    )
     red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
     agree(cached, plain, [red, blue])
     agree(cached, plain, [red.convert("L"), blue.convert("P")])
@@ -1216,7 +1255,12 @@ def test_tokens_whatever_the_padding(width):
     cached, plain = pair(Tokens(width), key="tokens")
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
-        rows = [ROWS[i] for i in torch.randint(0, len(ROWS), (int(torch.randint(1, 6, (), generator=generator)),), generator=generator)]
+        rows = [
+            ROWS[i]
+            for i in torch.randint(
+                0, len(ROWS), (int(torch.randint(1, 6, (), generator=generator)),), generator=generator
+            )
+        ]
         call = padded(rows, width=None if torch.rand((), generator=generator) < 0.7 else 7)
         found, expected = cached(**call), plain(**call)
         assert found["hidden"].shape == expected["hidden"].shape
