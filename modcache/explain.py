@@ -131,9 +131,9 @@ def _differences(own: _Known, other: _Known) -> str:
         names += [path for path in before if path not in dict(own.shared)]
         return f"an argument that all rows share differs from the nearest stored row: {', '.join(names)}"
     paths = [str(meta[0]) for meta in own.metas]
-    if len(own.digests) == len(paths):
+    if len(own.digests) == len(other.digests) == len(paths):  # a large row was not digested part by part
         names = [path for path, a, b in zip(paths, own.digests, other.digests, strict=True) if a != b]
-        return f"not seen before; differs from the nearest stored row in {', '.join(names)}"
+        return f"not seen before; differs from the nearest stored row in {', '.join(names) or 'its containers'}"
     return "not seen before"
 
 

@@ -79,10 +79,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, texts: list[str]) -> torch.Tensor:
         return torch.stack(
-            [
-                self.vectors(torch.tensor([0, *text.encode("utf-8", "surrogatepass")])).mean(0)
-                for text in texts
-            ]
+            [self.vectors(torch.tensor([0, *text.encode("utf-8", "surrogatepass")])).mean(0) for text in texts]
         )
 
 

@@ -209,9 +209,7 @@ def test_classes_are_part_of_the_value():
     assert encode(Point(1)) != encode(Point(1, 2))
 
 
-@pytest.mark.parametrize(
-    ("kind", "a", "b"), [(Name, "a", "b"), (Count, 1, 2), (Share, 1.0, 2.0), (Blob, b"a", b"b")]
-)
+@pytest.mark.parametrize(("kind", "a", "b"), [(Name, "a", "b"), (Count, 1, 2), (Share, 1.0, 2.0), (Blob, b"a", b"b")])
 def test_a_subclass_that_converts_oddly_is_encoded_by_what_it_holds(kind, a, b):
     """`__str__` and its like are not asked: they may say the same of different values."""
     assert encode(kind(a)) == encode(kind(a))
@@ -231,9 +229,7 @@ class TaggedSet(set):
     pass
 
 
-@pytest.mark.parametrize(
-    ("cls", "content"), [(Name, "a"), (Count, 1), (TaggedList, [1]), (Point, 1), (TaggedSet, {1})]
-)
+@pytest.mark.parametrize(("cls", "content"), [(Name, "a"), (Count, 1), (TaggedList, [1]), (Point, 1), (TaggedSet, {1})])
 def test_attributes_beside_the_content_count(cls, content):
     """What was set on an object beside its items or fields is part of its value."""
     assert encode(tagged(cls(content), 1)) == encode(tagged(cls(content), 1))
@@ -307,9 +303,7 @@ def test_more_is_asked_for_what_is_not_plain():
         asked.append(value)
         return frame(b"x", b"opaque") if isinstance(value, Opaque) else None
 
-    found = encode(
-        [1, (Opaque(), "a"), {"k": Opaque()}, Point(Opaque()), {Opaque()}, np.array([Opaque(), 1])], more
-    )
+    found = encode([1, (Opaque(), "a"), {"k": Opaque()}, Point(Opaque()), {Opaque()}, np.array([Opaque(), 1])], more)
     assert found.count(b"opaque") == 5
     assert not any(isinstance(value, int | str) for value in asked)
 
@@ -329,13 +323,8 @@ def test_the_same_in_another_process():
         "print(encode([1, 'a', {'b': 2.5}, {'x', 'y', 'z'}, torch.arange(3), torch.float16]).hex())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
-    assert (
-        done.stdout.strip()
-        == encode([1, "a", {"b": 2.5}, {"z", "y", "x"}, torch.arange(3), torch.float16]).hex()
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == encode([1, "a", {"b": 2.5}, {"z", "y", "x"}, torch.arange(3), torch.float16]).hex()
 
 
 def test_frame_and_seed():
@@ -377,14 +366,7 @@ def rows_by_hand(tensor, seed=0):
     return [
         digest(
             bytes(
-                row.detach()
-                .resolve_conj()
-                .resolve_neg()
-                .clone()
-                .contiguous()
-                .reshape(-1)
-                .view(torch.uint8)
-                .tolist()
+                row.detach().resolve_conj().resolve_neg().clone().contiguous().reshape(-1).view(torch.uint8).tolist()
             ),
             seed,
         )
@@ -512,10 +494,7 @@ def test_conjugated_and_negated():
 def test_a_tensor_is_not_its_transpose():
     """The same bytes in another shape, and the same values in another order, are other tensors."""
     tensor = torch.arange(4.0).reshape(2, 2)
-    assert (
-        len({encode(tensor), encode(tensor.t()), encode(tensor.reshape(4)), encode(tensor.reshape(1, 4))})
-        == 4
-    )
+    assert len({encode(tensor), encode(tensor.t()), encode(tensor.reshape(4)), encode(tensor.reshape(1, 4))}) == 4
 
 
 def test_rows_without_elements():

@@ -21,6 +21,11 @@ __all__ = ["given_digests", "given_keys", "given_metas", "given_rows"]
 _ACCEPTED = "one key per row: ints, strings, bytes, tuples of these, a 1-D integer tensor or array, or a tuple of such"
 
 
+_WHOLE = frozenset(
+    {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+)
+
+
 @dataclass(frozen=True, slots=True)
 class _Numbers:
     """Whole numbers of 64 bits, one per row."""
@@ -65,7 +70,10 @@ def given_rows(keys: object, count: int, source: str = "cache_keys") -> GivenRow
 
 def _rows(keys: object, source: str) -> GivenRows:
     if isinstance(keys, torch.Tensor | np.ndarray):
-        return _Numbers(_numbers(keys, source))
+        numbers = _numbers(keys, source)
+        if numbers.dtype == np.uint64 and len(numbers) and numbers.max() > np.iinfo(np.int64).max:
+            return list(map(int, numbers))
+        return _Numbers(numbers.astype(np.int64))
     if isinstance(keys, range):
         keys = list(keys)
     if not isinstance(keys, list | tuple):
@@ -86,14 +94,12 @@ def _rows(keys: object, source: str) -> GivenRows:
 
 
 def _numbers(keys: torch.Tensor | np.ndarray, source: str) -> np.ndarray:
-    array = keys.detach().cpu().clone().numpy() if isinstance(keys, torch.Tensor) else keys
-    if array.ndim != 1 or array.dtype.kind not in "iu":
+    whole = (keys.dtype in _WHOLE) if isinstance(keys, torch.Tensor) else keys.dtype.kind in "iu"
+    if keys.ndim != 1 or not whole:
         raise UsageTypeError(
             f"{source} must hold {_ACCEPTED}; found a {type(keys).__name__} of {keys.dtype}, shape {tuple(keys.shape)}"
         )
-    if array.dtype == np.uint64 and len(array) and array.max() > np.iinfo(np.int64).max:
-        raise UsageError(f"{source}: unsigned keys must be below 2**63; found {array.max()}")
-    return array.astype(np.int64)
+    return keys.detach().cpu().clone().numpy() if isinstance(keys, torch.Tensor) else keys
 
 
 def _pairs(columns: Sequence[Any], source: str) -> list[Any]:

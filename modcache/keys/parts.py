@@ -142,13 +142,6 @@ def _holder(column: Column) -> tuple[str, bool]:
 _utf8 = functools.partial(str.encode, encoding="utf-8", errors="surrogatepass")
 
 
-def _text_bytes(text: str) -> bytes:
-    try:
-        return text.encode()  # half the time of naming the error handler
-    except UnicodeEncodeError:
-        return _utf8(text)
-
-
 def texts_part(column: Column, rows: Sequence[str]) -> Part:
     """Rows of text, by their UTF-8 bytes."""
     return Texts((column.path, "text", *_holder(column)), rows)

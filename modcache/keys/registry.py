@@ -117,7 +117,7 @@ def checked_key(value: object, source: str) -> bytes:
 
 def _image_key(image: Any) -> tuple[object, ...]:
     """All that decoding of a PIL image may depend on: pixels, mode, palette, transparency, orientation, profile."""
-    palette = image.getpalette() if image.mode in ("P", "PA") else None
+    palette = [image.getpalette(mode) for mode in ("RGB", "RGBA")] if image.mode in ("P", "PA") else None
     known = {name: image.info[name] for name in ("transparency", "exif", "icc_profile") if name in image.info}
     return (
         image.mode,

@@ -1,0 +1,205 @@
+"""A path is named by what the file holds, by what the file system says of it, or by its name."""
+
+import os
+import pathlib
+
+import pytest
+import torch
+from torch import nn
+
+from modcache import cache_of, cached_module, keys
+from modcache.keys import files
+from modcache.keys.files import CHECKS, path_key
+
+
+@pytest.fixture(autouse=True)
+def _forgotten(monkeypatch):
+    monkeypatch.setattr(files, "_digests", {})
+
+
+def write(path, content, age=10.0):
+    """A file that was written some seconds ago."""
+    path.write_bytes(content)
+    if age:
+        settle(path, age)
+    return path
+
+
+def settle(path, age=10.0):
+    """Make the clock think that a file is old; the time of its last change cannot be set back."""
+    stat = os.stat(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns - int(age * 1e9)))
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """An hour from now, so that every file is old enough to be remembered."""
+    now = files.time.time()
+    monkeypatch.setattr(files.time, "time", lambda: now + 3600)
+
+
+@pytest.fixture
+def exploding(monkeypatch):
+    """After `exploding()`, opening a file raises."""
+
+    def explode(*_, **__):
+        raise AssertionError("a file was opened")
+
+    return lambda: monkeypatch.setattr(files, "open", explode, raising=False)
+
+
+def test_content_is_what_the_file_holds(tmp_path):
+    """Equal content is an equal key under any name; other content is another."""
+    a, b, c = write(tmp_path / "a", b"same"), write(tmp_path / "b", b"same"), write(tmp_path / "c", b"other")
+    assert path_key(a, "content") == path_key(b, "content")
+    assert path_key(a, "content") != path_key(c, "content")
+
+
+def test_ways_of_writing_a_path(tmp_path, monkeypatch):
+    """A text, bytes, a Path and a relative path are one file; by name they are what was written."""
+    file = write(tmp_path / "a", b"x")
+    monkeypatch.chdir(tmp_path)
+    for check in ("content", "stat"):
+        written = [str(file), os.fspath(file), file, pathlib.Path("a"), "a"]
+        assert len({path_key(path, check) for path in written}) == 1
+    assert path_key(os.fsencode(file), "content") == path_key(file, "content")
+    assert path_key("a", "name") != path_key(str(file), "name")
+    assert path_key(file, "name") == path_key(str(file), "name")
+
+
+def test_kinds_of_keys_are_apart(tmp_path):
+    """The same file has three different keys by content, stat and name."""
+    file = write(tmp_path / "a", b"x")
+    assert len({path_key(file, check) for check in CHECKS}) == 3
+
+
+@pytest.mark.usefixtures("later")
+def test_an_unchanged_file_is_not_read_again(tmp_path, exploding):
+    """Once a settled file was digested, it is not opened any more in this process."""
+    file = write(tmp_path / "a", b"x")
+    before = path_key(file, "content")
+    exploding()
+    assert path_key(file, "content") == before
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    assert path_key(link, "content") == before
+    file.rename(tmp_path / "moved")
+    with pytest.raises(AssertionError, match="a file was opened"):
+        path_key(write(tmp_path / "b", b"x"), "content")
+
+
+@pytest.mark.usefixtures("later")
+@pytest.mark.parametrize("content", [b"yyyy", b"longer than before"], ids=["same size", "other size"])
+def test_a_changed_file_is_read_again(tmp_path, content):
+    """Other content in the same file is seen, also when size and modification time were put back."""
+    file = write(tmp_path / "a", b"xxxx")
+    before, stat = path_key(file, "content"), os.stat(file)
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path_key(file, "content") != before
+    file.write_bytes(b"xxxx")
+    assert path_key(file, "content") == before
+
+
+def test_an_edit_within_the_same_time_stamp_is_seen(tmp_path, monkeypatch):
+    """A file younger than two seconds is read each time, for its time stamp may not tell an edit."""
+    frozen = os.stat_result
+    file = write(tmp_path / "a", b"one", age=0)
+    stamp = files._stamp(os.stat(file))
+    monkeypatch.setattr(files, "_stamp", lambda _: stamp)
+    before = path_key(file, "content")
+    file.write_bytes(b"two")
+    assert path_key(file, "content") != before
+    assert files._digests == {}
+    assert frozen is os.stat_result
+
+
+@pytest.mark.usefixtures("later")
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, monkeypatch):
+    """A digest whose file was another one afterwards holds for this call only."""
+    file = write(tmp_path / "a", b"x")
+    stamps = iter([(0,) * 5, (1,) * 5, (2,) * 5])
+    monkeypatch.setattr(files, "_stamp", lambda _: next(stamps))
+    path_key(file, "content")
+    assert files._digests == {}
+
+
+@pytest.mark.usefixtures("later")
+def test_memory_of_digests_is_bounded(tmp_path, monkeypatch):
+    """When too many files are remembered, all are forgotten, and read again."""
+    monkeypatch.setattr(files, "_REMEMBERED", 2)
+    written = [write(tmp_path / name, name.encode()) for name in "abc"]
+    found = [path_key(file, "content") for file in written]
+    assert len(files._digests) == 1
+    assert [path_key(file, "content") for file in written] == found
+
+
+def test_large_files_are_read_in_pieces(tmp_path, monkeypatch):
+    """A file is one digest, however many pieces it was read in."""
+    file = write(tmp_path / "a", bytes(range(256)))
+    whole = path_key(file, "content")
+    monkeypatch.setattr(files, "_CHUNK", 7)
+    assert path_key(file, "content") == whole
+
+
+def test_stat_tells_edits_renames_and_links(tmp_path):
+    """By stat, an edit and a rename make another key; the content is not looked at."""
+    file = write(tmp_path / "a", b"x")
+    before = path_key(file, "stat")
+    assert path_key(file, "stat") == before
+    settle(file)
+    touched = path_key(file, "stat")
+    assert touched != before
+    file.rename(tmp_path / "b")
+    assert path_key(tmp_path / "b", "stat") not in (before, touched)
+
+
+def test_name_looks_at_no_file():
+    """By name, a file need not exist."""
+    assert path_key("not there", "name") == path_key(pathlib.Path("not there"), "name")
+    assert path_key("not there", "name") != path_key("nor there", "name")
+
+
+@pytest.mark.parametrize("check", ["content", "stat"])
+def test_a_missing_file_raises_what_opening_it_would(tmp_path, check):
+    """A missing file is a `FileNotFoundError` that names it, before and after it was there."""
+    file = tmp_path / "missing"
+    with pytest.raises(FileNotFoundError) as found:
+        path_key(file, check)
+    assert found.value.filename == str(file) or found.value.filename == file
+    write(file, b"x")
+    path_key(file, check)
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        path_key(file, check)
+
+
+def test_a_directory_raises_what_opening_it_would(tmp_path):
+    """A directory has no content."""
+    with pytest.raises(IsADirectoryError):
+        path_key(tmp_path, "content")
+
+
+class Sizes(nn.Module):
+    """The sizes of files; runs on paths."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, paths):
+        return torch.tensor([[float(len(pathlib.Path(path).read_bytes()))] for path in paths]) * self.scale
+
+
+@pytest.mark.parametrize("key", ["path", keys.path("stat")], ids=["content", "stat"])
+def test_a_cached_module_on_paths(tmp_path, key):
+    """Rows are served while the file is the same, computed after an edit, and a missing file raises."""
+    module = cached_module(Sizes(), freeze=True, key=key)
+    paths = [str(write(tmp_path / name, b"x" * size)) for size, name in enumerate("abc")]
+    for _ in range(2):
+        assert module(paths).flatten().tolist() == [0.0, 1.0, 2.0]
+    write(tmp_path / "b", b"longer")
+    assert module(paths).flatten().tolist() == [0.0, 6.0, 2.0]
+    assert cache_of(module).stats.computed == 4
+    with pytest.raises(FileNotFoundError):
+        module([*paths, str(tmp_path / "missing")])
