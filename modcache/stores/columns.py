@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Column", "DeviceColumn", "HostColumn", "columns_on"]
 
-_HUGE_FROM: Final = 64 << 20  # small slabs should not hold pages of 2 MiB that they hardly use
+_HUGE_FROM: Final = 4 << 20  # small slabs should not hold pages of 2 MiB that they hardly use
+_HUGE_FOR: Final = 64 << 20  # nor should small stores: half a page too many would be more than 5 % of their bound
 _SLACK: Final = 1 << 20  # pages beyond the last row that are kept for the next rows
 
 _NUMPY_NAMES: Final = (
@@ -74,7 +75,8 @@ class HostColumn:
         self._exact = dtype in _NUMPY
         self._numpy = _NUMPY[dtype] if self._exact else _STAND_IN[dtype.itemsize]
         self._row_bytes = dtype.itemsize * torch.Size(shape).numel()
-        self._pages = reserve(most * self._row_bytes, _HUGE_FROM)
+        size = most * self._row_bytes
+        self._pages = reserve(size, _HUGE_FROM if size >= _HUGE_FOR else size)
         self._touched = 0
         if self._pages is None:
             self._use(np.empty(0, np.uint8), 0)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .pages import zeros
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 __all__ = ["KEY_BYTES", "KeyIndex", "Places", "cut_keys"]
 
@@ -58,15 +58,23 @@ class KeyIndex:
 
     def find(self, keys: Sequence[bytes]) -> Places:
         """The place of each key, -1 where it is absent."""
+        return self.locate(keys)[0]
+
+    def locate(self, keys: Sequence[bytes]) -> tuple[Places, bool]:
+        """The place of each key, -1 where it is absent, and whether all of them are here."""
         if not self._old.live:
-            return _look_up(self._young, keys)
-        joined = b"".join(keys)
-        entries = self._old.find(joined)
+            try:
+                return _pack(map(self._young.__getitem__, keys), len(keys)), True
+            except KeyError:
+                return _pack(map(self._young.get, keys, repeat(ABSENT)), len(keys)), False
+        entries = self._old.find(b"".join(keys))
         places: Places = self._old.places.take(entries, mode="clip")
         absent = np.flatnonzero(entries < 0)
-        if len(absent):
-            places[absent] = _look_up(self._young, [keys[i] for i in absent.tolist()]) if self._young else ABSENT
-        return places
+        if not len(absent):
+            return places, True
+        found = _pack(map(self._young.get, [keys[i] for i in absent.tolist()], repeat(ABSENT)), len(absent))
+        places[absent] = found
+        return places, bool(found.min() >= 0)
 
     def set(self, keys: Sequence[bytes], places: Places) -> None:
         """Notes where keys lie, whether they are new or not; of a key that occurs twice the last counts."""
@@ -112,13 +120,9 @@ def cut_keys(joined: bytes) -> list[bytes]:
     return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)]
 
 
-def _look_up(young: dict[bytes, int], keys: Sequence[bytes]) -> Places:
+def _pack(places: Iterable[int], count: int) -> Places:
     # struct.pack is five times quicker than np.fromiter and fifteen times than np.array of a list.
-    try:
-        return np.frombuffer(struct.pack(f"{len(keys)}q", *map(young.__getitem__, keys)), np.int64)
-    except KeyError:
-        found = map(young.get, keys, repeat(ABSENT))
-        return np.frombuffer(struct.pack(f"{len(keys)}q", *found), np.int64)
+    return np.frombuffer(struct.pack(f"{count}q", *places), np.int64)
 
 
 def _words(joined: bytes) -> _Words:

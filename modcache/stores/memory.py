@@ -96,7 +96,7 @@ class MemoryStore:
                 return ()
             shelf.retired = None
             stamp = None if self._recency is None else self._next_stamp(len(row_keys))
-            return shelf.take(shelf.find(row_keys), stamp)
+            return shelf.get(row_keys, stamp)
 
     def contains(self, namespace: str, row_keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
         """Which rows are there, without using them."""
@@ -239,7 +239,7 @@ class MemoryStore:
         keys = shelf.keys()
         for start in range(0, len(keys), _MERGED):
             chunk = keys[start : start + _MERGED]
-            found = shelf.take(shelf.find(chunk), None)
+            found = shelf.get(chunk, None)
             shelf.delete(chunk)
             into.delete(chunk)
             for part in found:

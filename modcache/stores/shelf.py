@@ -49,8 +49,11 @@ class Shelf:
         """The place of each row, -1 where it is absent."""
         return self._index.find(keys)
 
-    def take(self, places: Places, stamp: int | None) -> tuple[Found, ...]:
-        """The rows at these places in fresh memory, by layout; notes their use unless stamp is None."""
+    def get(self, keys: Sequence[bytes], stamp: int | None) -> tuple[Found, ...]:
+        """The rows of these keys in fresh memory, by layout; notes their use unless stamp is None."""
+        places, complete = self._index.locate(keys)
+        if complete and keys and len(self._slabs) == 1 and 0 in self._slabs:  # as is the rule
+            return (self._found(self._slabs[0], np.arange(len(keys)), places, stamp),)
         return tuple([self._found(slab, at, rows, stamp) for slab, at, rows in self._by_slab(places)])
 
     def put(self, batch: Batch, chosen: Places) -> None:
@@ -145,12 +148,6 @@ class Shelf:
 
     def _by_slab(self, places: Places) -> Iterator[tuple[Slab, Places, Places]]:
         """For each slab that is meant: which of the places mean it, ascending, and the rows in it."""
-        if len(self._slabs) == 1 and 0 in self._slabs:
-            if len(places) and places.min() >= 0:
-                yield self._slabs[0], np.arange(len(places)), places
-            elif len(positions := np.flatnonzero(places >= 0)):
-                yield self._slabs[0], positions, places[positions]
-            return
         order = np.argsort(places >> _ROW_BITS, kind="stable")
         numbers = (places >> _ROW_BITS)[order]
         starts = np.flatnonzero(np.diff(numbers, prepend=-1))
