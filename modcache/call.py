@@ -119,8 +119,10 @@ def bypass(
 
 def row_count(options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """The number of rows of a call that was not split, as far as its first argument shows it."""
-    if options.per_row:
+    if options.per_row and torch._C._get_tracing_state() is None:  # a tracer would warn of who asks for a length
         for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.is_nested:
+                return value.size(0)
             if isinstance(value, list) or (isinstance(value, torch.Tensor | np.ndarray) and value.ndim):
                 return len(value)
     return 1

@@ -243,7 +243,8 @@ def _ready(module: nn.Module, attached: Attached) -> None:
             tuple((name, child.training) for name, child in module.named_modules(remove_duplicate=False)),
             tuple((name, value.requires_grad) for name, value in module.named_parameters(remove_duplicate=False)),
         )
-        module.requires_grad_(False)
+        for parameter in module.parameters():
+            parameter.requires_grad = False  # a lazy parameter has no `requires_grad_`
         module.eval()
         return
     trainable = next((name for name, value in module.named_parameters() if value.requires_grad), None)

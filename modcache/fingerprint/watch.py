@@ -189,18 +189,18 @@ class Watch:
     # --- flags ---
 
     def _flags(self, module: nn.Module) -> None:
-        self._were_training = [bool(inner["training"]) for inner in (vars(module), *self._dicts)]
+        self._were_training = [bool(inner.get("training")) for inner in (vars(module), *self._dicts)]
         self._any_training = any(self._were_training)
 
     def same_flags(self, module: nn.Module, grad: bool) -> bool:
         """Whether training flags, and with grad mode ``requires_grad``, are what they were."""
         if self._any_training:
             if [
-                bool(module.__dict__["training"]),
+                bool(module.__dict__.get("training")),
                 *map(bool, map(_training, self._dicts)),
             ] != self._were_training:
                 return False
-        elif module.__dict__["training"] or any(map(_training, self._dicts)):
+        elif module.__dict__.get("training") or any(map(_training, self._dicts)):
             return False
         if self.sealed and any(map(is_readable, self.sealed.values())):
             return False
