@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -53,7 +54,8 @@ class Part(Protocol):
     """How the rows of one column become keys."""
 
     @property
-    def meta(self) -> Meta: ...
+    def meta(self) -> Meta:
+        """What is the same for all rows."""
 
     def digests(self, seed: int) -> list[bytes]:
         """One digest per row."""
@@ -94,7 +96,7 @@ class Digested(NamedTuple):
 
     def digests(self, seed: int) -> list[bytes]:
         """One digest per row."""
-        return list(map(functools.partial(digest, seed=seed), map(self.to_bytes, self.rows)))
+        return list(map(digest, map(self.to_bytes, self.rows), itertools.repeat(seed)))
 
     def matrix(self) -> np.ndarray | None:
         """There is none."""
@@ -164,11 +166,11 @@ class Texts(NamedTuple):
 
 def text_digests(rows: Sequence[str], seed: int) -> list[bytes]:
     """One digest per text."""
-    keyed = functools.partial(digest, seed=seed)
+    seeds = itertools.repeat(seed)
     try:
-        return list(map(keyed, map(str.encode, rows)))
+        return list(map(digest, map(str.encode, rows), seeds))
     except UnicodeEncodeError:  # lone surrogates
-        return list(map(keyed, map(_utf8, rows)))
+        return list(map(digest, map(_utf8, rows), seeds))
 
 
 def paths_part(column: Column, rows: Sequence[Any], check: str) -> Part:
