@@ -42,13 +42,23 @@ def cached_class(cls: type[nn.Module]) -> type[nn.Module]:
 def decorated_class(cls: type[nn.Module], attach: Attach) -> type[nn.Module]:
     """The class that replaces a decorated one; ``attach`` readies each of its instances."""
 
-    @functools.wraps(cls.__init__)
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is the class's own
-        cls.__init__(self, *args, **kwargs)
-        if type(self) is made and ATTACHED not in self.__dict__:
-            attach(self)
+    def attaching(init: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(init)
+        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is the class's own
+            init(self, *args, **kwargs)
+            # The outermost one only: within it, the instance is not yet complete.
+            if type(self).__init__ is __init__ and ATTACHED not in self.__dict__:
+                attach(self)
 
-    made = _subclass(cls, {"__init__": __init__, "_modcache_attach": staticmethod(attach)})
+        return __init__
+
+    def __init_subclass__(sub: type, **kwargs: Any) -> None:  # noqa: N807 - it is the class's own
+        super(made, sub).__init_subclass__(**kwargs)
+        if "__init__" in sub.__dict__:
+            sub.__init__ = attaching(sub.__init__)  # type: ignore[misc]
+
+    made = _subclass(cls, {"__init__": attaching(cls.__init__), "_modcache_attach": staticmethod(attach)})
+    made.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[assignment]  # for the classes to come
     return made
 
 
