@@ -32,6 +32,7 @@ _forward = operator.attrgetter("forward")
 _contents = operator.attrgetter("cell_contents")
 _code = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _INSIDE = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
+_inside = operator.itemgetter(*_INSIDE)
 _PARTS = 16
 LATE_WITHIN = max(_PARTS, SETS)
 """After how many checks a late move is noticed at the latest, if anything that is looked at shows it."""
@@ -63,7 +64,8 @@ class Watch:
         self._modules = list(others.values())
         self._types = list(map(type, self._modules))
         self._dicts = [vars(other) for other in self._modules]
-        self._lengths = [len(inner) for inner in (vars(module), *self._dicts)]
+        self._own_length = len(vars(module))
+        self._lengths = list(map(len, self._dicts))
         # The forward of a base too: a class that replaces it may still call it.
         bases = [cls for cls in found.seen.classes.values() if "forward" in vars(cls)]
         self._classes = list(dict.fromkeys([self._root_type, *self._types, *bases]))
@@ -79,14 +81,15 @@ class Watch:
 
     def _inside(self, module: nn.Module) -> None:
         """The dicts that torch keeps in every module: a full one is fetched anew and compared with a copy."""
-        self._full: list[tuple[str, Callable[[Any], Any], list[dict[str, Any]], list[dict[Any, Any]]]] = []
+        self._own_copies = tuple([dict(inner) for inner in _inside(vars(module))])
+        self._full: list[tuple[Callable[[Any], Any], list[dict[str, Any]], list[dict[Any, Any]]]] = []
         self._empty: list[dict[Any, Any]] = []
         singles: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         for name in _INSIDE:
             full = [inner for inner in self._dicts if inner.get(name)]
             self._empty += [inner[name] for inner in self._dicts if not inner.get(name, True)]
-            copies = [dict(vars(module)[name]), *(dict(inner[name]) for inner in full)]
-            self._full.append((name, operator.itemgetter(name), full, copies))
+            if full:
+                self._full.append((operator.itemgetter(name), full, [dict(inner[name]) for inner in full]))
             if name in ("_parameters", "_buffers"):
                 for live in (vars(module)[name], *(inner[name] for inner in full)):
                     singles += [(live, key, t) for key, t in live.items() if t is not None and _single(t)]
@@ -108,6 +111,7 @@ class Watch:
         self._sizes = list(map(len, self._sized))
         self._cells = [cell for cell, _ in seen.cells.values()]
         self._items = list(self._all_items())
+        self._any_outside = bool(self._sized or self._cells)
 
     def _all_items(self) -> Iterable[object]:
         return itertools.chain(
@@ -133,27 +137,42 @@ class Watch:
         self._groups = [(_getter(names), dicts) for names, dicts in groups.items()]
         own = found.attributes.get("", ())
         self._own = _getter(own) if own else _nothing
-        self._values = list(self._all_values(module))
+        self._own_values = self._own(vars(module))
+        self._values = list(self._all_values())
 
-    def _all_values(self, module: nn.Module) -> Iterable[object]:
-        return _chain(_chain([[self._own(module.__dict__)], *[map(get, dicts) for get, dicts in self._groups]]))
+    def _all_values(self) -> Iterable[object]:
+        return _chain(_chain([map(get, dicts) for get, dicts in self._groups]))
 
     def same_structure(self, module: nn.Module) -> bool:
         """Whether modules, classes, hooks, attributes, containers and constants are the very same."""
         own = module.__dict__
         return (
             type(module) is self._root_type
-            and list(map(type, self._modules)) == self._types
-            and list(map(len, [own, *self._dicts])) == self._lengths
-            and all([own[name], *map(get, full)] == copies for name, get, full, copies in self._full)
-            and not any(self._empty)
+            and len(own) == self._own_length
+            and _inside(own) == self._own_copies
+            and all(map(_is, self._own(own), self._own_values))
             and self._global_hooks == self._global_copies
-            and all(map(_is, map(dict.__getitem__, self._single_dicts, self._single_names), self._singles))
             and list(map(_forward, self._classes)) == self._forwards
-            and all(map(_is, self._all_values(module), self._values))
-            and list(map(len, self._sized)) == self._sizes
-            and all(map(_is, self._all_items(), self._items))
+            # A part that the module does not have is passed over: a single layer is checked in a few steps.
+            and (not self._singles or self._same_singles())
+            and (not self._modules or self._same_below())
+            and (not self._groups or all(map(_is, self._all_values(), self._values)))
+            and (not self._any_outside or self._same_outside())
         )
+
+    def _same_singles(self) -> bool:
+        return all(map(_is, map(dict.__getitem__, self._single_dicts, self._single_names), self._singles))
+
+    def _same_below(self) -> bool:
+        return (
+            list(map(type, self._modules)) == self._types
+            and list(map(len, self._dicts)) == self._lengths
+            and all([list(map(get, full)) == copies for get, full, copies in self._full])
+            and not any(self._empty)
+        )
+
+    def _same_outside(self) -> bool:
+        return list(map(len, self._sized)) == self._sizes and all(map(_is, self._all_items(), self._items))
 
     def _in_turn(self, found: Walk) -> None:
         """What hardly ever changes is looked at a part at a time, so a change may be noticed late.
