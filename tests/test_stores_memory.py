@@ -388,6 +388,21 @@ def test_device_column_shrinks():
     assert column.take(np.array([1, 0])).tolist() == [[2.0, 3.0], [0.0, 1.0]]
 
 
+def test_device_column_is_no_inference_tensor():
+    """Memory that a device gave in inference mode can be written to outside of it."""
+    with torch.inference_mode():
+        column = as_device(torch.float32, (2,), 1000)
+        column.fit(4)
+        column.append(0, torch.zeros(4, 2), np.arange(4))
+    column.overwrite(np.array([2]), torch.ones(1, 2), np.arange(1))
+    column.move(np.array([0]), np.array([2]))
+    with torch.inference_mode():
+        column.overwrite(np.array([1]), torch.full((1, 2), 3.0), np.arange(1))
+    taken = column.take(np.array([0, 1, 3]))
+    assert not taken.is_inference()
+    assert taken.tolist() == [[1.0, 1.0], [3.0, 3.0], [0.0, 0.0]]
+
+
 def test_reservation_that_is_refused_grows():
     """Where a reservation is refused, a slab grows with its rows, and shrinks with them."""
     store = MemoryStore(1 << 62)
@@ -424,13 +439,18 @@ def test_copies_are_empty():
 
 
 def test_stores_can_be_collected():
-    """Nothing keeps a store alive, and its bound dies with it."""
-    store = MemoryStore(1000)
-    store.put("a", keys(1), rows_of([1]))
-    seen = weakref.ref(store), weakref.ref(store._budget)
-    del store
+    """Nothing keeps a store alive, not even until the next collection, and its bound dies with it."""
     gc.collect()
-    assert [ref() for ref in seen] == [None, None]
+    gc.disable()
+    try:
+        store = MemoryStore(5 * ROW, eviction="lru")
+        for number in range(10):
+            store.put("a", keys(number, number + 1), rows_of([number, number + 1]))
+        seen = weakref.ref(store), weakref.ref(store._budget), weakref.ref(store._shelves["a"])
+        del store
+        assert [ref() for ref in seen] == [None, None, None]
+    finally:
+        gc.enable()
     assert all(ref() is not None for ref in budget._budgets)
 
 

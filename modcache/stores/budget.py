@@ -165,7 +165,7 @@ def _forget(dead: weakref.ref[Budget]) -> None:
 
 def _before_fork() -> None:
     _forking.acquire()
-    for budget in [budget for ref in _budgets if (budget := ref()) is not None]:
+    for budget in [budget for ref in list(_budgets) if (budget := ref()) is not None]:
         budget.lock.acquire()
         _stopped.append(budget)
 

@@ -201,7 +201,8 @@ class DeviceColumn:
             self._resize(count, count)
 
     def _resize(self, kept: int, capacity: int) -> None:
-        with torch.no_grad():
+        # An inference tensor could not be written to outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
             kept = min(kept, len(self._bytes))
             resized = self._empty(capacity)
             resized[:kept].copy_(self._bytes[:kept])

@@ -93,10 +93,8 @@ class Shelf:
 
     def keys(self) -> list[bytes]:
         """The keys of all rows, from the least to the most recently used."""
-        if not self._slabs:
-            return []
         keys = [key for slab in self._slabs.values() for key in slab.keys_at(np.arange(slab.count))]
-        stamps = np.concatenate([slab.stamps[: slab.count] for slab in self._slabs.values()])
+        stamps = np.concatenate([_NONE, *self.last_uses()])
         return [keys[i] for i in np.argsort(stamps, kind="stable").tolist()]
 
     def keys_worth(self, wanted: int, entry_bytes: int) -> list[bytes]:
