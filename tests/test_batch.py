@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+import warnings
 from collections import OrderedDict, UserDict
 from typing import NamedTuple
 
@@ -162,6 +163,15 @@ def test_the_first_argument_decides():
     )
     assert [column.path for column in batch.columns] == ["b", "g"]
     assert [path for path, _ in batch.shared] == ["a", "c", "d", "e", "f", "h"]
+
+
+def test_nested_tensors_have_no_rows():
+    """A nested tensor has no sizes to go by, so it is shared."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    batch = parted(x=nested, y=FIRST)
+    assert [column.path for column in batch.columns] == ["y"]
 
 
 def test_broadcast_by_name_and_by_path():

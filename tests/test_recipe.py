@@ -85,10 +85,10 @@ def test_calls_with_given_keys_know_their_number():
 
 def test_outlines():
     """Types, dtypes, shapes, lengths and flags tell outlines apart; anything else has none."""
-    same = [outline_of((X,), {"t": ["a"]}), outline_of((X + 1,), {"t": ["b"]})]
+    same = [outline_of((X,), {"t": ["a"]}, False), outline_of((X + 1,), {"t": ["b"]}, False)]
     assert same[0] == same[1]
     others = [
-        outline_of(args, kwargs)
+        outline_of(args, kwargs, False)
         for args, kwargs in [
             ((X,), {}),
             ((), {"x": X}),
@@ -103,7 +103,10 @@ def test_outlines():
         ]
     ]
     assert len(set(others)) == len(others)
-    assert outline_of((X, 1.0), {}) is None
-    assert outline_of(([],), {}) is None
-    assert outline_of(({"x": X},), {}) is None
-    assert outline_of((["a", b"b"],), {}) is None
+    assert outline_of((X, 1.0), {}, False) is None
+    assert outline_of(([],), {}, False) is None
+    assert outline_of(({"x": X},), {}, False) is None
+    assert outline_of((["a", b"b"],), {}, False) is None
+    wanting = X.clone().requires_grad_()
+    assert outline_of((wanting,), {}, True) is None
+    assert outline_of((wanting,), {}, False) == outline_of((X,), {}, True)

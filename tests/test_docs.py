@@ -1,0 +1,37 @@
+"""Every Python block of the documentation runs, or says why not."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(
+    r"(?P<excuse><!-- not run: [^\n]+ -->\s*)?^(?P<indent> *)```python\n(?P<code>.*?)^ *```", re.MULTILINE | re.DOTALL
+)
+
+
+def blocks(page):
+    """The line, the code and the excuse of each Python block of a page."""
+    text = page.read_text(encoding="utf-8")
+    for found in BLOCK.finditer(text):
+        yield text.count("\n", 0, found.start("code")), found["code"], found["excuse"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_blocks_run(page, tmp_path, monkeypatch):
+    """The blocks of one page run one after the other, in one namespace."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": f"docs_{page.stem}"}
+    for line, code, excuse in blocks(page):
+        if excuse is None:
+            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+def test_blocks_are_found():
+    """The runner sees the blocks that are there, and the excuses before them."""
+    assert len(list(blocks(ROOT / "README.md"))) == (ROOT / "README.md").read_text(encoding="utf-8").count("```python")
+    text = "x\n\n<!-- not run: needs the moon -->\n```python\n1 / 0\n```\n\n```python\nx = 1\n```\n"
+    found = [(block["code"], block["excuse"] is None) for block in BLOCK.finditer(text)]
+    assert found == [("1 / 0\n", False), ("x = 1\n", True)]

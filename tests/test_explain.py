@@ -1,0 +1,184 @@
+"""A miss is explained by what differs from the nearest thing stored."""
+
+import pytest
+import torch
+
+from modcache import CacheMissError, cache_of, cached_module, mode
+from modcache import explain as module
+from modcache.explain import Explanation, Memory, differing_parts
+
+from .models import Scaled, TokenEncoder, encoder
+
+X = torch.arange(12.0).reshape(4, 3)
+
+
+def reasons(cached, *args, **kwargs):
+    return [explanation.reason for explanation in cache_of(cached).explain(*args, **kwargs)]
+
+
+def test_hits_and_misses():
+    """Each row of a call is a hit or a miss, as the call would find it."""
+    cached = cached_module(encoder(), freeze=True)
+    assert reasons(cached, X) == ["nothing was stored by this module yet"] * 4
+    cached(X[:2])
+    found = cache_of(cached).explain(X)
+    assert [(explanation.row, explanation.hit) for explanation in found] == [
+        (0, True),
+        (1, True),
+        (2, False),
+        (3, False),
+    ]
+    assert [explanation.hit for explanation in found] == cache_of(cached).contains(X)
+    assert str(found[0]) == "row 0: hit, stored in this namespace"
+    assert str(found[3]).startswith("row 3: miss, not seen before")
+
+
+def test_asking_runs_nothing():
+    """The module is not run, and nothing is counted."""
+    cached = cached_module(encoder(), freeze=True)
+    reasons(cached, X)
+    assert cached.calls == 0
+    assert cache_of(cached).stats.calls == 0
+
+
+FORMS = {
+    "dtype": (
+        (X.double(),),
+        "has this form: x tensor torch.float64 .*the nearest has x tensor torch.float32",
+    ),
+    "shape": ((X[:, :2],), r"nothing stored has this form: x tensor torch.float32 \(2,\)"),
+    "shared": ((X, 3.0), "an argument that all rows share differs from the nearest stored row: scale"),
+    "more shared": ((X, 2.0, torch.tensor(1.0)), "differs from the nearest stored row: offset"),
+    "rows": ((X + 1, 2.0), "not seen before; differs from the nearest stored row in x"),
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_what_differs_is_named(kind):
+    """Form, shared arguments and rows are told apart, by the name of the argument."""
+    cached = cached_module(Scaled(), freeze=True)
+    cached(X, 2.0)
+    args, message = FORMS[kind]
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(reasons(cached, *args)[0])
+
+
+def test_an_argument_that_is_no_longer_there():
+    """A shared argument that was left out is named."""
+    cached = cached_module(Scaled(), freeze=True)
+    cached(X, 2.0, torch.tensor(1.0))
+    assert reasons(cached, X, 2.0)[0].endswith("differs from the nearest stored row: offset")
+
+
+def test_the_argument_of_several():
+    """With several per-row arguments, the one that differs is named."""
+    cached = cached_module(Scaled(), freeze=True)
+    cached(X, 2.0, X)
+    assert reasons(cached, X, 2.0, X + 1)[0] == "not seen before; differs from the nearest stored row in offset"
+    assert reasons(cached, X + 1, 2.0, X + 1)[0] == "not seen before; differs from the nearest stored row in x, offset"
+
+
+def test_large_rows_are_not_digested_again(monkeypatch):
+    """Rows that are too large to be looked at part by part are explained without, beside small ones."""
+    cached = cached_module(Scaled(), freeze=True)
+    cached(X, 2.0, X)
+    monkeypatch.setattr(module, "_REMEMBERED_BYTES", 10)
+    assert reasons(cached, X, 2.0, X + 1) == ["not seen before"] * 4
+    cached(X + 2, 2.0, X)
+    monkeypatch.undo()
+    assert len(reasons(cached, X + 5, 2.0, X + 1)) == 4
+
+
+def test_containers_that_differ():
+    """Equal rows in another structure are a miss that says so."""
+    cached = cached_module(Reading(), freeze=True)
+    cached({"a": X})
+    assert reasons(cached, Box(a=X))[0].startswith("not seen before; differs from the nearest stored row in ")
+
+
+class Reading(torch.nn.Module):
+    """Reads one tensor out of a mapping."""
+
+    def forward(self, batch):
+        return 2 * batch["a"]
+
+
+class Box(dict):
+    """Another mapping."""
+
+
+def test_another_state_is_named():
+    """After an edit of the weights, a known input is explained by the part of the module that changed."""
+    cached = cached_module(encoder(), freeze=True)
+    cached(X)
+    cache_of(cached).namespace  # noqa: B018 - digested before the edit, so that there is something to compare
+    with torch.no_grad():
+        cached.layer.bias.add_(1)
+    found = reasons(cached, X)[0]
+    assert found.startswith("its input is known, but under another state or context: ")
+    assert "layer.bias" in found
+
+
+def test_another_context_is_named():
+    """Autocast is another context."""
+    cached = cached_module(encoder(), freeze=True)
+    cached(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = reasons(cached, X)[0]
+    assert found.startswith("its input is known, but under another state or context: ")
+    assert "autocast" in found
+
+
+def test_what_was_dropped():
+    """A row that was stored and is gone is told apart from one that never was."""
+    cached = cached_module(encoder(), freeze=True)
+    cached(X)
+    cache_of(cached).forget(X[:1])
+    assert reasons(cached, X)[0] == "it was stored and is no longer held (evicted, cleared, or refused by a full store)"
+
+
+def test_calls_that_are_bypassed():
+    """A call that would not be cached says why, as does one whose keys cannot be made."""
+    cached = cached_module(encoder(), freeze=True)
+    assert reasons(cached, torch.zeros(0, 3)) == []
+    assert reasons(cached, torch.tensor(1.0))[0].startswith("the call is bypassed (no rows): no argument has rows")
+
+
+def test_tokens_and_given_keys():
+    """Rows with keys of other kinds are explained, too."""
+    cached = cached_module(TokenEncoder(), freeze=True, key="tokens")
+    ids, mask = torch.tensor([[1, 2], [3, 0]]), torch.tensor([[1, 1], [1, 0]])
+    cached(ids, mask)
+    assert reasons(cached, ids + 1, mask) == ["not seen before"] * 2
+    assert reasons(cached, ids, mask, cache_keys=[1, 2])[0].startswith("nothing stored has this form: given")
+
+
+def test_memory_is_bounded(monkeypatch):
+    """Only the latest computed rows are remembered."""
+    monkeypatch.setattr(module, "_REMEMBERED_ROWS", 2)
+    cached = cached_module(encoder(), freeze=True)
+    cached(X[:1])
+    cached(X)
+    cache_of(cached).clear()
+    gone = "it was stored and is no longer held (evicted, cleared, or refused by a full store)"
+    assert [reason == gone for reason in reasons(cached, X)] == [False, False, True, True]
+    assert len(Memory()._known) == 0
+
+
+def test_differing_parts():
+    """At most six names, the rest as a number."""
+    assert differing_parts({"a": b"1", "b": b"2"}, {"a": b"1", "c": b"3"}) == ["b", "c"]
+    many = {f"p{number}": b"" for number in range(9)}
+    assert differing_parts(many, {}) == ["p0", "p1", "p2", "p3", "p4", "4 more"]
+    assert len(differing_parts(dict(list(many.items())[:6]), {})) == 6
+
+
+def test_a_missing_row_says_how_to_ask():
+    """The error of require-hit names the verb that explains."""
+    cached = cached_module(encoder(), freeze=True)
+    with (
+        mode("require-hit"),
+        pytest.raises(CacheMissError, match=r"explain\(...\) says what differs"),
+    ):
+        cached(X)
+    assert Explanation(1, False, "x").row == 1

@@ -1,0 +1,67 @@
+"""What is exported, what is documented and what is typed are the same names."""
+
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import modcache
+
+ROOT = Path(modcache.__file__).parents[1]
+API = Path(__file__).parents[1] / "docs" / "reference" / "api.md"
+TYPED = Path(__file__).parent / "typing" / "api.py"
+
+
+def documented():
+    """The names that begin a line of the reference."""
+    return re.findall(r"^- `([A-Za-z_.]+)", API.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_all_is_sorted_and_there():
+    """Every name of `__all__` exists, once, in order."""
+    assert modcache.__all__ == sorted(set(modcache.__all__))
+    assert [name for name in modcache.__all__ if not hasattr(modcache, name)] == []
+
+
+def test_nothing_else_is_exported():
+    """A public name that is no submodule is in `__all__`."""
+    submodules = {path.stem for path in Path(modcache.__file__).parent.iterdir()}
+    public = {name for name in vars(modcache) if not name.startswith("_")} - submodules - {"annotations"}
+    assert public - set(modcache.__all__) == set()
+
+
+def test_every_name_has_a_line_in_the_reference():
+    """The reference has one line per name, and no name that is gone."""
+    names = documented()
+    assert len(names) == len(set(names))
+    expected = {*modcache.__all__, *(f"keys.{name}" for name in ("custom", "path", "tensor", "text", "tokens"))}
+    expected |= {f"Cache.{name}" for name in vars(modcache.Cache) if not name.startswith("_")}
+    assert set(names) - {"cache_keys"} == expected
+
+
+@pytest.mark.parametrize("name", modcache.__all__)
+def test_every_name_is_described(name):
+    """Every public name has a docstring, and is used in the typed examples."""
+    assert getattr(modcache, name).__doc__
+    assert re.search(rf"\b{name}\b", TYPED.read_text(encoding="utf-8"))
+
+
+def test_version():
+    """The version is the distribution's, looked up when it is asked for; other names are not there."""
+    assert modcache.__version__ == version("modcache")
+    with pytest.raises(AttributeError, match="module 'modcache' has no attribute 'nothing'"):
+        modcache.nothing  # noqa: B018 - asking is the test
+
+
+def test_importing_brings_neither_storage_nor_compilers():
+    """`import modcache` on top of torch loads nothing heavy."""
+    heavy = ("diskcache", "sqlite3", "transformers", "PIL", "torch._dynamo", "tqdm")
+    code = (
+        f"import torch, sys; before = set(sys.modules); import modcache; print({heavy!r} & (set(sys.modules) - before))"
+    )
+    code = code.replace(repr(heavy), repr(set(heavy)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
