@@ -34,7 +34,14 @@ def cached_class(cls: type[nn.Module]) -> type[nn.Module]:
     known = _made.get(cls)
     made = known() if known is not None else None
     if made is None:
-        made = _subclass(cls, {"__reduce_ex__": _reduce(cls)})
+
+        @functools.wraps(cls.__init__)
+        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is the class's own
+            if type(self) is made:
+                self.__class__ = cls  # `type(module)(...)` asks for a new module, which nobody has wrapped
+            cls.__init__(self, *args, **kwargs)
+
+        made = _subclass(cls, {"__init__": __init__, "__reduce_ex__": _reduce(cls)})
         _made[cls] = weakref.ref(made)
     return made
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from modcache import cache_of, cached_module, keys_for
+from modcache import CacheWarning, cache_of, cached_module, hit, keys_for
 from modcache.recipe import outline_of
+from modcache.rows import UnknownClassError
 
 
 class Weighted(nn.Module):
@@ -110,3 +111,94 @@ def test_outlines():
     wanting = X.clone().requires_grad_()
     assert outline_of((wanting,), {}, True) is None
     assert outline_of((wanting,), {}, False) == outline_of((X,), {}, True)
+
+
+def strided(x):
+    return torch.stack([x, x], 2)[..., 0]
+
+
+OTHERWISE = {
+    "strided": strided,
+    "transposed": lambda x: x.t().contiguous().t(),
+    "offset": lambda x: torch.cat([x[:1], x])[1:],
+    "expanded": lambda x: x[:1].expand(4, 2),
+    "negated": lambda x: torch.complex(x, x).conj().imag,
+    "inference": lambda x: inferred(x),  # noqa: PLW0108 - defined below
+    "parameter": lambda x: nn.Parameter(x, requires_grad=False),
+}
+
+
+@torch.inference_mode()
+def inferred(x):
+    return x.clone()
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+@pytest.mark.parametrize("first", ["plain", "other"])
+def test_tensors_of_one_outline_may_lie_otherwise_in_memory(kind, first):
+    """Strides, offsets and lazy negation are no part of an outline, so a recipe does not rely on them."""
+    plain, cached = Scaled(), cached_module(Scaled(), freeze=True)
+    calls = [X, OTHERWISE[kind](X), X + 1, OTHERWISE[kind](X + 1)]
+    calls = calls if first == "plain" else calls[::-1]
+    for x in calls * 2:
+        assert torch.equal(plain(x), cached(x))
+
+
+def test_a_bare_text_is_never_its_characters():
+    """A text and a list of its characters have recipes of their own, in any order, however often."""
+    plain, cached = Lengths(), cached_module(Lengths(), freeze=True)
+    for texts in ("ab", ["a", "b"], "cd", ["ab"], "ab", ["cd"], ["a", "b"]):
+        assert torch.equal(plain(texts), cached(texts))
+    assert cache_of(cached).stats.bypassed == 0
+
+
+class Lengths(nn.Module):
+    """The length of each text; a bare text is one."""
+
+    def forward(self, texts):
+        return torch.tensor([[len(text)] for text in ([texts] if isinstance(texts, str) else texts)])
+
+
+class Joined(nn.Module):
+    """Texts beside numbers."""
+
+    def forward(self, texts, x):
+        return torch.stack([row + len(text) for text, row in zip(texts, x, strict=True)])
+
+
+def test_texts_beside_tensors():
+    """A call of texts and tensors has a recipe, and its rows are told apart by both."""
+    plain, cached = Joined(), cached_module(Joined(), freeze=True)
+    for texts in (["a", "bb", "c", "d"], ["a", "bb", "ccc", "d"], ["a", "b", "ccc", "d"]):
+        for x in (X, X + 1, X):
+            assert torch.equal(plain(texts, x), cached(texts, x))
+
+
+def test_a_stored_output_that_cannot_be_read_is_computed(monkeypatch):
+    """When a hit cannot be put together, the row counts as missing and the output is right."""
+    plain, cached = Scaled(), cached_module(Scaled(), freeze=True)
+    cached(X)
+
+    def unreadable(*_, **__):
+        raise UnknownClassError("not here")
+
+    monkeypatch.setattr(hit, "tree_of", unreadable)
+    assert torch.equal(plain(X), cached(X))
+
+
+def test_a_tensor_that_can_no_longer_be_read_is_bypassed():
+    """A tensor of a known outline whose values are gone is not looked at."""
+    cached = cached_module(Shapes(), freeze=True)
+    cached(X)
+    freed = X.clone()
+    freed.untyped_storage().resize_(0)
+    with pytest.warns(CacheWarning, match="no readable values"):
+        assert cached(freed).shape == (4, 1)
+    assert dict(cache_of(cached).stats.reasons) == {"no key": 4}
+
+
+class Shapes(nn.Module):
+    """Reads no values."""
+
+    def forward(self, x):
+        return torch.zeros(len(x), 1)
