@@ -197,8 +197,8 @@ class Attached:
         self.memo.say(
             "weights changed unnoticed",
             f"some of its weights were changed behind autograd's back, and that was noticed late; {dropped} rows "
-            "stored since were dropped, but rows served since may be stale. Write weights through autograd-visible operations "
-            "(under torch.no_grad()), or call cache_of(module).recheck() after such a write.",
+            "stored since were dropped, but rows served since may be stale. Write weights through autograd-visible "
+            "operations (under torch.no_grad()), or call cache_of(module).recheck() after such a write.",
         )
 
     def _refuse_standing(self, standing: Standing, grad: bool) -> None:

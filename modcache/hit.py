@@ -68,7 +68,10 @@ def hit(
     except NoContentError:
         return Missed(outline)
     keyed_at = perf_counter()
-    found = memo.get(site.namespace, keys)
+    try:
+        found = memo.store.get(site.namespace, keys)
+    except Exception:  # `call` asks again, and says what is wrong
+        return Missed(outline)
     if len(found) != 1 or len(found[0].positions) != recipe.size or memo.passed(site.namespace, recipe.form) is None:
         return Missed(outline, recipe, keys, found)
     try:

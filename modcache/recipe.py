@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .batch import Batch
-from .digest import tensor_row_digests
+from .digest import is_plain, plain_row_digests, tensor_row_digests
 from .keys import Given, Keyed, given_keyed_as
 from .keys.given import given_keys
 from .keys.parts import Meta, Part, Texts, Values, row_keys, text_digests
@@ -33,7 +33,7 @@ def outline_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], grad: bool) -> 
     for value in itertools.chain(args, kwargs.values()):
         cls = type(value)
         if cls is torch.Tensor and not (grad and value.requires_grad) and not value.is_nested:
-            outline += (value.dtype, value.shape, value.device)
+            outline += (value.dtype, value.shape, value.device, value.layout)
         elif cls is list and set(map(type, value)) == _TEXT:
             outline += (_TEXT, len(value))
         elif cls in _FLAGS:
@@ -73,6 +73,7 @@ class Recipe(NamedTuple):
         seed: stands for everything that the rows have in common.
         places: for each per-row argument, its place among the values of the call; ``None`` where the caller gives
             the keys.
+        plain: whether its first argument is a tensor of which bytes and values are the same thing.
     """
 
     size: int
@@ -81,6 +82,7 @@ class Recipe(NamedTuple):
     metas: tuple[Meta, ...]
     seed: int
     places: tuple[int, ...] | None
+    plain: bool
 
     def keys(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None) -> list[bytes]:
         """The keys of the rows of a call of this outline.
@@ -93,9 +95,9 @@ class Recipe(NamedTuple):
             return given_keys(given.keys, self.size, self.seed, given.source)
         if self.places == (0,) and args:
             value = args[0]
-            return (
-                tensor_row_digests(value, self.seed) if type(value) is torch.Tensor else text_digests(value, self.seed)
-            )
+            if type(value) is not torch.Tensor:
+                return text_digests(value, self.seed)
+            return plain_row_digests(value, self.seed) if self.plain else tensor_row_digests(value, self.seed)
         return row_keys(self.parts(args, kwargs), self.seed)
 
     def parts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Part, ...]:
@@ -130,10 +132,12 @@ def recipe_of(batch: Batch, keyed: Keyed, form: Form, home: torch.device, values
     if any(column.single for column in batch.columns):
         return None  # a bare text is one row, and a recipe takes the characters of a text for rows
     if keyed.given:
-        return Recipe(batch.size, form, home, keyed.metas, keyed.seed, None)
+        return Recipe(batch.size, form, home, keyed.metas, keyed.seed, None, plain=False)
     if keyed.tokens is not None or not all(isinstance(part, Values | Texts) for part in keyed.parts):
         return None
     at = {id(value): place for place, value in enumerate(values)}
     places = tuple(at.get(id(column.value), -1) for column in batch.columns)
     twice = len(set(places)) < len(places)  # one object given as two arguments
-    return None if twice or -1 in places else Recipe(batch.size, form, home, keyed.metas, keyed.seed, places)
+    if twice or -1 in places:
+        return None
+    return Recipe(batch.size, form, home, keyed.metas, keyed.seed, places, plain=is_plain(values[0]))

@@ -20,20 +20,23 @@ _NAMES = (
 _autocast_on = torch.is_autocast_enabled
 _autocast_dtype = torch.get_autocast_dtype
 _default_dtype = torch.get_default_dtype
-_deterministic = torch.are_deterministic_algorithms_enabled
+_deterministic = torch._C._get_deterministic_algorithms
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
 # How exact float32 products are. Read below the public getters: those warn, or raise once the settings of
 # before and after torch 2.9 are mixed.
 _fp32 = getattr(torch._C, "_get_fp32_precision_getter", None)
-_PRODUCTS = (("cuda", "matmul"), ("cuda", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
 _EXACT = {"none": "ieee"}  # never set, and set back, are the same
 _BEFORE_2_9 = ("_get_float32_matmul_precision", "_get_cudnn_allow_tf32")
 
 
 def _precision() -> tuple[object, ...]:
     if _fp32 is not None:
-        return tuple([_EXACT.get(said := _fp32(backend, kind), said) for backend, kind in _PRODUCTS])
+        cuda, cuda_conv = _fp32("cuda", "matmul"), _fp32("cuda", "conv")
+        cpu, cpu_conv = _fp32("mkldnn", "matmul"), _fp32("mkldnn", "conv")
+        exact = _EXACT.get
+        return exact(cuda, cuda), exact(cuda_conv, cuda_conv), exact(cpu, cpu), exact(cpu_conv, cpu_conv)
     matmul, conv = (getattr(torch._C, name)() for name in _BEFORE_2_9)
     return matmul, conv, None, None
 
@@ -44,15 +47,20 @@ def context() -> tuple[object, ...]:
     Not the device and not the number of threads: those change the last bits only, and a cache may be shared
     between machines.
     """
+    autocast = _autocast() if _any_autocast() else _NO_AUTOCAST
+    return (*autocast, _default_dtype(), *_precision(), _deterministic())
+
+
+_NO_AUTOCAST = (False, None, False, None)
+
+
+def _autocast() -> tuple[object, ...]:
     on_cpu, on_cuda = _autocast_on("cpu"), _autocast_on("cuda")
     return (
         on_cpu,
         _autocast_dtype("cpu") if on_cpu else None,
         on_cuda,
         _autocast_dtype("cuda") if on_cuda else None,
-        _default_dtype(),
-        *_precision(),
-        _deterministic(),
     )
 
 

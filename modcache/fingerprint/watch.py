@@ -167,7 +167,7 @@ class Watch:
         return (
             list(map(type, self._modules)) == self._types
             and list(map(len, self._dicts)) == self._lengths
-            and all([list(map(get, full)) == copies for get, full, copies in self._full])
+            and all(list(map(get, full)) == copies for get, full, copies in self._full)
             and not any(self._empty)
         )
 
