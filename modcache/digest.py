@@ -303,6 +303,8 @@ def plain_row_digests(tensor: torch.Tensor, seed: int) -> list[bytes]:
     if not (address and tensor.is_contiguous()) or tensor.is_neg():
         return tensor_row_digests(tensor, seed)
     count, size = tensor.shape[0], tensor.nbytes
+    if tensor.untyped_storage().nbytes() < size + tensor.storage_offset() * tensor.itemsize:
+        return tensor_row_digests(tensor, seed)  # its storage was made smaller; that says so
     memory = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
     return row_digests(memory, count, size // count, seed)
 

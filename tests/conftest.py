@@ -42,7 +42,7 @@ def _fixed_threads() -> None:
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - what code under test may draw from
+    np.random.seed(0)
     torch.manual_seed(0)
 
 

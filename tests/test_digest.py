@@ -28,6 +28,7 @@ from modcache.digest import (
     is_ordinary,
     is_readable,
     memory_of,
+    plain_row_digests,
     row_digests,
     seed_of,
     settled,
@@ -529,6 +530,16 @@ UNREADABLE = {
     "subclass": lambda: torch.zeros(2).as_subclass(Own),
     "freed": freed,
 }
+
+
+def test_memory_that_was_given_back_is_not_read():
+    """A tensor whose storage was made smaller is never read beyond its end, on the quick path neither."""
+    tensor = torch.zeros(4, 1000)
+    assert plain_row_digests(tensor, 3) == tensor_row_digests(tensor, 3)
+    tensor.untyped_storage().resize_(8)
+    for digests in (tensor_row_digests, plain_row_digests):
+        with pytest.raises(NoContentError, match="has no readable values"):
+            digests(tensor, 0)
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
