@@ -343,9 +343,10 @@ class Attached:
             self._late_moves = self.identity.late_moves  # whoever asked has been answered; no warning follows
         return changed
 
-    def clear(self) -> int:
-        """Drop the rows of all namespaces that the module had."""
-        return sum(self.memo.store.delete(name) for name in self.namespaces())
+    def clear(self, module: nn.Module) -> int:
+        """Drop the rows of the namespace that the module has, and of all that it had."""
+        names = dict.fromkeys([self.namespace(module), *self.namespaces()])
+        return sum(self.memo.store.delete(name) for name in names)
 
     def close(self) -> None:
         """Run uncached from now on."""

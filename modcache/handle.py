@@ -112,7 +112,7 @@ class Cache:
 
     def clear(self) -> int:
         """Drop all rows of this module, in the states and contexts it had; their number."""
-        return self._attached.clear()
+        return self._attached.clear(self._module)
 
     def flush(self) -> None:
         """Wait until what was stored would survive the process, where the store can do that."""

@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from .batch import Batch
-from .digest import is_plain, plain_row_digests, tensor_row_digests
+from .digest import NoContentError, digest, encode, is_plain, plain_row_digests, tensor_row_digests
 from .keys import Given, Keyed, given_keyed_as
 from .keys.given import given_keys
 from .keys.parts import Meta, Part, Texts, Values, row_keys, text_digests
@@ -53,8 +54,18 @@ def form_of(batch: Batch, keyed: Keyed) -> Form:
     """What a self-check of this call is valid for."""
     if not batch.shared:
         return tuple(map(_without_sizes, keyed.metas))
-    shared = tuple((path, type(value), value if type(value) in _FLAGS else None) for path, value in batch.shared)
+    shared = tuple((path, type(value), value if type(value) in _FLAGS else _said(value)) for path, value in batch.shared)
     return (*map(_without_sizes, keyed.metas), shared)
+
+
+def _said(value: object) -> bytes | None:
+    """The content of a number or a mapping of options, which may switch chance on; tables do not count."""
+    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim:
+        return None
+    try:
+        return digest(encode(value))
+    except NoContentError:
+        return None
 
 
 def _without_sizes(meta: Meta) -> Meta:

@@ -408,6 +408,17 @@ def test_explain_names_what_changed():
     assert "bias" in cache_of(cached).explain(X, bias=1.0)[0].reason
 
 
+def test_clear_before_the_first_call():
+    """clear drops rows that another module of the same content left in a shared store."""
+    store = MemoryStore(1 << 20)
+    base = frozen(Encoder())
+    cached_module(copy.deepcopy(base), store=store)(X)
+    other = cached_module(copy.deepcopy(base), store=store)
+    assert cache_of(other).contains(X) == [True] * 6
+    assert cache_of(other).clear() == 6
+    assert cache_of(other).contains(X) == [False] * 6
+
+
 def test_clear_leaves_others_alone():
     """clear drops a module's own namespaces only."""
     store = MemoryStore(1 << 20)

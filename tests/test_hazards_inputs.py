@@ -444,6 +444,32 @@ def test_rows_that_interact_in_pairs():
         agree(cached, plain, X[:4])
 
 
+@pytest.mark.parametrize("kind", ["float", "int", "dict", "list", "scalar", "array"])
+def test_an_argument_that_switches_interaction_on(kind):
+    """A self-check is valid for the options it was made with: a float or a dict may turn chance or interaction on."""
+    make = {
+        "float": float,
+        "int": int,
+        "dict": lambda by: {"by": by},
+        "list": lambda by: [by],
+        "scalar": torch.tensor,
+        "array": np.float32,
+    }[kind]
+
+    def function(x, by):
+        by = by["by"] if isinstance(by, dict) else by[0] if isinstance(by, list) else by
+        return x - float(by) * x.mean(0) if float(by) >= 0 else x + torch.rand(len(x), 1)
+
+    cached, plain = pair(Apply(function))
+    with Quiet():
+        agree(cached, plain, X, make(0.0))
+        agree(cached, plain, X, make(1.0))
+        agree(cached, plain, X[:3], make(1.0))
+        assert not torch.equal(cached(X, make(-1.0)), cached(X, make(-1.0)))
+        agree(cached, plain, X, make(0.0))
+    assert hits(cached) >= 6
+
+
 def test_first_batch_of_two():
     """A first batch of two rows is enough for the check."""
     cached, plain = pair(Apply(lambda x: x - x.mean(0)))

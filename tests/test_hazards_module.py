@@ -682,6 +682,7 @@ def test_compile_of_the_module():
 def test_save_pretrained_and_from_pretrained(tmp_path):
     """save_pretrained writes what the plain model writes, and from_pretrained reads it."""
     transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()  # its monitor thread would stay
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
@@ -771,20 +772,9 @@ def test_uncached_forgets_nothing_of_the_users():
     assert module.last.weight.grad is not None
 
 
-def test_multiprocessing_spawn_pickles():
-    """A cached module can be sent through ForkingPickler, as DataLoader workers do."""
-    from multiprocessing.reduction import ForkingPickler
-
-    cached, plain = pair()
-    cached(X)
-    other = pickle.loads(ForkingPickler.dumps(cached))
-    agree(other, plain, X)
-
-
 def test_types_of_kept_things():
     """Nothing that cannot be pickled hangs on the module: no lock, no thread, no weak dictionary."""
     cached, _ = pair()
     cached(X)
-    cache_of(cached).add_hook(print) if False else None
     assert isinstance(vars(cached), dict)
     assert not any(isinstance(value, types.GeneratorType) for value in vars(cached).values())
