@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,18 +114,27 @@ def shuffled(dataset: Any, batch_size: int) -> DataLoader[Any]:
     return DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(7))
 
 
-@pytest.mark.parametrize("batch_size", BATCH_SIZES)
-def test_epoch_of_hits(batch_size: int, minilm: Any, measured: bool, report: Report) -> None:
-    """Epochs after the first, by text and by tokens, beside a `TensorDataset` of features that were computed ahead."""
+@dataclass(frozen=True)
+class Encoded:
+    """Rows, the encoder cached in two ways with all of them stored, and their features."""
+
+    rows: Rows
+    tokenized: Tokenized
+    by_text: nn.Module
+    by_tokens: nn.Module
+    ids: dict[str, torch.Tensor]
+    features: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def encoded(minilm: Any, measured: bool) -> Encoded:
+    """Filled once for all batch sizes; both ways give the same features."""
     tokenizer, made = minilm
-    rows = definitions(4_000 if measured else 16)
-    batch_size = batch_size if measured else 8
+    rows = definitions(2_000 if measured else 16)
     tokenized = Tokenized(tokenizer)
-    labels = torch.tensor([label for _, label in rows])
     by_text = cached_module(made(), key="text", prepare=tokenized, store=MemoryStore(1 << 28), freeze=True)
     by_tokens = cached_module(made(), key="tokens", store=MemoryStore(1 << 28), freeze=True)
     ids = tokenized([text for text, _ in rows])
-
     features = torch.empty(len(rows), 384)
     for start in tqdm(range(0, len(rows), 100), desc="filling", disable=not measured):
         part = slice(start, start + 100)
@@ -132,7 +142,16 @@ def test_epoch_of_hits(batch_size: int, minilm: Any, measured: bool, report: Rep
         batch = {name: values[part] for name, values in ids.items()}
         # What the plain module gives in a batch of other rows and padding differs by rounding alone.
         torch.testing.assert_close(by_tokens(**batch), features[part], rtol=1e-3, atol=1e-4)
+    return Encoded(rows, tokenized, by_text, by_tokens, ids, features)
 
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+def test_epoch_of_hits(batch_size: int, encoded: Encoded, measured: bool, report: Report) -> None:
+    """Epochs after the first, by text and by tokens, beside a `TensorDataset` of features that were computed ahead."""
+    rows, ids, tokenized = encoded.rows, encoded.ids, encoded.tokenized
+    by_text, by_tokens, features = encoded.by_text, encoded.by_tokens, encoded.features
+    batch_size = batch_size if measured else 8
+    labels = torch.tensor([label for _, label in rows])
     ahead = shuffled(TensorDataset(features, labels), batch_size)
     texts = shuffled(rows, batch_size)  # type: ignore[arg-type]  # a list of pairs is a data set
     tokens = shuffled(TensorDataset(ids["input_ids"], ids["attention_mask"], labels), batch_size)
@@ -177,7 +196,7 @@ def test_epoch_of_hits(batch_size: int, minilm: Any, measured: bool, report: Rep
 def test_filling_epoch(key: str, minilm: Any, measured: bool, report: Report) -> None:
     """An epoch that fills the cache, batch by batch beside the same epoch without a cache."""
     tokenizer, made = minilm
-    rows = definitions(1_024 if measured else 16)
+    rows = definitions(512 if measured else 16)
     batch_size, epochs = (64, 3) if measured else (8, 1)
     tokenized = Tokenized(tokenizer)
     plain = made()

@@ -217,8 +217,8 @@ def test_against_torch_module_cache(case: Case, measured: bool, report: Report, 
             return super().forward(values)
 
     kept = cache_module(cache_path=str(tmp_path), cache_level=CacheLevel.MEMORY)(OfTensorsKept)(case.width)
-    for _ in range(2):  # it keeps rows in memory from when they were read from its files first
-        filled(kept, ids, cache_key=range(case.stored))
+    for _ in range(2):  # it keeps rows in memory only once they were read from its files
+        filled(kept, ids, cache_key=list(range(case.stored)))
     batches = sampled(case, ids)
 
     def encoder(numbered: tuple[list[int], torch.Tensor]) -> torch.Tensor:
