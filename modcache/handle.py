@@ -39,7 +39,7 @@ class Cache:
     >>> cache_of(encoder).contains(batch)
     [True, True, True]
     >>> print(cache_of(encoder).explain(batch * 2)[0])
-    row 0: miss, not seen before
+    row 0: miss, not seen before; differs from the nearest stored row in input
     """
 
     def __init__(self, module: nn.Module, attached: Attached) -> None:

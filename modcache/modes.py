@@ -106,7 +106,7 @@ def keys_for(ids: object) -> Iterator[None]:
     >>> import torch
     >>> from modcache import cached_module, cache_of
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)).requires_grad_(False)
-    >>> _ = cached_module(model[0])
+    >>> _ = cached_module(model[0], freeze=True)
     >>> batch, ids = torch.randn(4, 2), torch.tensor([3, 1, 4, 15])
     >>> for epoch in range(2):
     ...     with keys_for(ids):
