@@ -59,10 +59,10 @@ def decorated_class(cls: type[nn.Module], attach: Attach) -> type[nn.Module]:
 
         return __init__
 
-    def __init_subclass__(sub: type, **kwargs: Any) -> None:  # noqa: N807 - it is the class's own
+    def __init_subclass__(sub: Any, /, **kwargs: Any) -> None:  # noqa: N807 - it is the class's own
         super(made, sub).__init_subclass__(**kwargs)
         if "__init__" in sub.__dict__:
-            sub.__init__ = attaching(sub.__init__)  # type: ignore[misc]
+            sub.__init__ = attaching(sub.__init__)
 
     made = _subclass(cls, {"__init__": attaching(cls.__init__), "_modcache_attach": staticmethod(attach)})
     made.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[assignment]  # for the classes to come

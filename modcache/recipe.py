@@ -54,7 +54,9 @@ def form_of(batch: Batch, keyed: Keyed) -> Form:
     """What a self-check of this call is valid for."""
     if not batch.shared:
         return tuple(map(_without_sizes, keyed.metas))
-    shared = tuple((path, type(value), value if type(value) in _FLAGS else _said(value)) for path, value in batch.shared)
+    shared = tuple(
+        (path, type(value), value if type(value) in _FLAGS else _said(value)) for path, value in batch.shared
+    )
     return (*map(_without_sizes, keyed.metas), shared)
 
 

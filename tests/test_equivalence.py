@@ -56,7 +56,7 @@ def attention_rows(count, seed):
 
 
 class Encoding(Encoder):
-    def forward(self, input):
+    def forward(self, input):  # noqa: A002
         return super().forward(input)
 
 
@@ -66,13 +66,21 @@ class Recurrent(nn.LSTM):
     def __init__(self):
         super().__init__(4, 3, batch_first=True)
 
-    def forward(self, input):
+    def forward(self, input):  # noqa: A002
         return super().forward(input)[0]
 
 
 T = transformers
 TEXT = {"vocab_size": 60, "max_position_embeddings": 16}
-T5 = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+T5 = {
+    "vocab_size": 60,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
 CLIP = {
     "text_config": {**SMALL, **TEXT, "eos_token_id": 2},
     "vision_config": VISION,
@@ -82,13 +90,13 @@ CLIP = {
 MODELS = {
     "linear": (lambda: nn.Linear(4, 3), vectors),
     "encoder": (Encoding, vectors),
-    "conv": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), plain_images),
-    "transformer": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2, enable_nested_tensor=False), lambda c, s: {"src": sequences(c, s)["input"]}),
+    "conv": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), plain_images),  # noqa: E501
+    "transformer": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2, enable_nested_tensor=False), lambda c, s: {"src": sequences(c, s)["input"]}),  # noqa: E501
     "lstm": (Recurrent, sequences),
     "attention": (lambda: nn.MultiheadAttention(4, 2, batch_first=True), attention_rows),
     "bert": (lambda: T.BertModel(T.BertConfig(**SMALL, **TEXT)), tokens),
     "bert for classification": (lambda: T.BertForSequenceClassification(T.BertConfig(**SMALL, **TEXT)), tokens),
-    "distilbert": (lambda: T.DistilBertModel(T.DistilBertConfig(vocab_size=60, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=16)), tokens),
+    "distilbert": (lambda: T.DistilBertModel(T.DistilBertConfig(vocab_size=60, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=16)), tokens),  # noqa: E501
     "vit": (lambda: T.ViTModel(T.ViTConfig(**VISION)), images),
     "clip text": (lambda: T.CLIPTextModel(T.CLIPTextConfig(**CLIP["text_config"])), tokens),
     "clip vision": (lambda: T.CLIPVisionModel(T.CLIPVisionConfig(**VISION)), images),

@@ -17,8 +17,17 @@ import torch
 from torch import nn
 
 import modcache
-from modcache import CacheMissError, CacheWarning, MemoryStore, StaleRecordError, UsageError, cache_of, cached_module, mode
-from tests.hazards import Encoder, Quiet, agree, assert_same, bypassed, computed, frozen, hits, pair
+from modcache import (
+    CacheMissError,
+    CacheWarning,
+    MemoryStore,
+    StaleRecordError,
+    UsageError,
+    cache_of,
+    cached_module,
+    mode,
+)
+from tests.hazards import Encoder, Quiet, agree, assert_same, bypassed, frozen, hits, pair
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
@@ -64,7 +73,8 @@ def test_modes():
         assert store.stats().rows == 0
     with mode("off"):
         agree(cached, plain, X)
-        assert store.stats().rows == 0 and bypassed(cached) == 12
+        assert store.stats().rows == 0
+        assert bypassed(cached) == 12
     with mode("require-hit"), pytest.raises(CacheMissError, match="0, 1, 2"):
         cached(X)
     agree(cached, plain, X[:4])
@@ -140,11 +150,12 @@ def test_environment():
     """MODCACHE_MODE sets the mode that a process starts in; a wrong one says so."""
     code = "import modcache.modes as m; print(m.current_mode())"
     for value, expected in (("off", "off"), ("refresh", "refresh"), ("nothing", None)):
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: PLW1510
             [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "MODCACHE_MODE": value}
         )
         if expected is None:
-            assert done.returncode and "MODCACHE_MODE" in done.stderr
+            assert done.returncode
+            assert "MODCACHE_MODE" in done.stderr
         else:
             assert done.stdout.strip() == expected
 
@@ -296,9 +307,8 @@ def test_error_of_only_one_row():
         with pytest.raises(ValueError, match="too large"):
             cached(bad)
     agree(cached, plain, X)
-    with Quiet():
-        with pytest.raises(ValueError, match="too large"):
-            cached(bad)
+    with Quiet(), pytest.raises(ValueError, match="too large"):
+        cached(bad)
     agree(cached, plain, X)
     assert hits(cached) > 0
 
@@ -370,7 +380,9 @@ def test_counts_add_up():
     assert 0 < stats.hit_rate < 1
     assert stats.bytes > 0
     text = str(stats)
-    assert "hits" in text and "computed" in text and len(text.splitlines()) < 20
+    assert "hits" in text
+    assert "computed" in text
+    assert len(text.splitlines()) < 20
 
 
 def test_contains_forget_clear_and_explain():
@@ -596,7 +608,7 @@ def test_no_warning_in_the_clean_case():
     optimizer = torch.optim.Adam(head.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for epoch in range(3):
+        for _epoch in range(3):
             for at in torch.randperm(6).split(2):
                 loss = head(cached(X[at])).square().mean()
                 optimizer.zero_grad()
@@ -633,13 +645,14 @@ def test_logging_is_silent_by_default(capfd):
     cached, _ = pair()
     cached(X), cached(X)
     out, err = capfd.readouterr()
-    assert not out and not err
+    assert not out
+    assert not err
 
 
 def test_wrong_count_of_keys_names_the_numbers():
     """The error says how many rows the call has and how many keys were given."""
     cached, _ = pair()
-    with pytest.raises(UsageError, match="6 rows.*4"):
+    with pytest.raises(UsageError, match="6 rows.*4"):  # noqa: RUF043
         cached(X, cache_keys=range(4))
 
 

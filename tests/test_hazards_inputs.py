@@ -135,7 +135,7 @@ DTYPES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype(dtype):
     """Inputs and outputs of every dtype come back as they are, and rows of equal bytes but other dtypes differ."""
-    cached, plain = pair(Apply(lambda x: x.clone()))
+    cached, _plain = pair(Apply(lambda x: x.clone()))
     x = (
         (X * 4).to(dtype)
         if dtype not in (torch.uint16, torch.uint32, torch.uint64)
@@ -414,20 +414,20 @@ INTERACT = {
 def test_rows_that_interact(name):
     """A module whose rows depend on each other is found out on its first batch, and warned about once."""
     cached, plain = pair(Apply(INTERACT[name]))
-    with pytest.warns(CacheWarning) as seen:
+    with pytest.warns(CacheWarning) as seen:  # noqa: PT031
         agree(cached, plain, X, times=1)
         agree(cached, plain, X[:4], times=2)
         agree(cached, plain, X[2:], times=2)
     assert len([w for w in seen if issubclass(w.category, CacheWarning)]) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in INTERACT if name not in ("matmul",)])
+@pytest.mark.parametrize("name", [name for name in INTERACT if name != "matmul"])
 def test_rows_that_interact_after_batches_of_one(name):
     """Rows stored one by one are not served to a batch before its rows were checked."""
     cached, plain = pair(Apply(INTERACT[name]))
     with Quiet():
         for row in X:
-            try:
+            try:  # noqa: SIM105
                 agree(cached, plain, row[None], times=2)
             except ValueError:  # batch norm of one row
                 pass
@@ -616,7 +616,7 @@ STRUCTURES = {
     "encoding": encoding,
     "userdict": lambda: collections.UserDict(a=X, b=X * 2),
     "list of rows": lambda: list(X),
-    "array": lambda: X.numpy(),
+    "array": X.numpy,
     "mixed": lambda: {"a": X, "n": 3, "s": "text", "none": None},
     "defaultdict": lambda: collections.defaultdict(list, a=X, b=X * 2),
 }
@@ -908,7 +908,7 @@ def test_cache_keys_in_all_forms():
     ids=str,
 )  # fmt: skip
 def test_wrong_cache_keys(wrong):
-    """Keys of a wrong count or type raise an error of ours that is also a ValueError or TypeError; nothing is stored."""
+    """Keys of a wrong count or type raise an error of ours that is also a ValueError or TypeError; nothing is stored."""  # noqa: E501
     cached, _ = pair()
     with pytest.raises((ValueError, TypeError)) as error:
         cached(X, cache_keys=wrong)
@@ -974,7 +974,7 @@ def test_keys_for_is_per_thread_and_ends():
     "function",
     [lambda r: r, lambda r: float("nan"), lambda r: [1], lambda r: {"a": 1}, lambda r: (1, [2]), lambda r: object(),
      lambda r: np.float32(1), lambda r: r.sum(), lambda r: 1 / 0, lambda r: {1, 2}, lambda r: (float("nan"),)],
-    ids=["tensor", "nan", "list", "dict", "list inside", "object", "numpy", "0-d tensor", "raises", "set", "nan inside"],
+    ids=["tensor", "nan", "list", "dict", "list inside", "object", "numpy", "0-d tensor", "raises", "set", "nan inside"],  # noqa: E501
 )  # fmt: skip
 def test_key_function_that_gives_no_key(function):
     """A key function that answers a tensor, NaN, list or raises is an error of ours, and nothing is stored."""
@@ -1004,7 +1004,8 @@ def test_key_function_sees_the_row_or_a_mapping():
 
     cached, _ = pair(key=of_row)
     cached(X)
-    assert isinstance(seen[0], torch.Tensor) and torch.equal(seen[0], X[0])
+    assert isinstance(seen[0], torch.Tensor)
+    assert torch.equal(seen[0], X[0])
     seen.clear()
 
     cached(X, bias=torch.zeros(6, 3)) if False else None
@@ -1156,7 +1157,7 @@ def test_registered_types():
     def clip(c):
         return c.samples.tobytes(), c.rate
 
-    function = lambda clips: torch.tensor([[float(c.samples.sum() * c.rate)] for c in clips])  # noqa: E731
+    function = lambda clips: torch.tensor([[float(c.samples.sum() * c.rate)] for c in clips])
     cached, plain = pair(Apply(function))
     clips = [Clip(np.arange(3) + i, i + 1) for i in range(4)]
     agree(cached, plain, clips)
@@ -1345,7 +1346,7 @@ def test_tokens_without_a_mask():
 def test_tokens_of_a_module_that_ignores_its_mask():
     """A module that ignores its mask is found out by key="tokens" and bypassed."""
     cached, plain = pair(Tokens(ignore_mask=True), key="tokens")
-    with pytest.warns(CacheWarning, match="tokens"):
+    with pytest.warns(CacheWarning, match="tokens"):  # noqa: PT031
         for rows in (ROWS[:3], ROWS[2:], ROWS, ROWS[:1]):
             agree(cached, plain, **padded(rows))
 
@@ -1379,7 +1380,7 @@ def test_same_ids_other_length_of_mask():
 def test_padding_note_for_default_keys():
     """With default keys, rows that miss only because of padding are noted once, with the option that would help."""
     cached, plain = pair(Tokens())
-    with pytest.warns(CacheWarning, match='key="tokens"') as seen:
+    with pytest.warns(CacheWarning, match='key="tokens"') as seen:  # noqa: PT031
         for width in (5, 6, 7):
             agree(cached, plain, times=1, **padded(ROWS, width=width))
     assert len(seen) == 1

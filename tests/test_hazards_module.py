@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import modcache
-from modcache import CacheWarning, MemoryStore, cache_of, cached_module, is_cached, uncached
-from tests.hazards import Encoder, Quiet, agree, assert_same, bypassed, computed, frozen, hits, pair
+from modcache import CacheWarning, cache_of, cached_module, is_cached, uncached
+from tests.hazards import Encoder, Quiet, agree, assert_same, computed, frozen, hits, pair
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
@@ -168,7 +168,8 @@ def test_deepcopy():
     cached, plain = pair()
     agree(cached, plain, X)
     copied = copy.deepcopy(cached)
-    assert is_cached(copied) and type(copied) is type(cached)
+    assert is_cached(copied)
+    assert type(copied) is type(cached)
     assert cache_of(copied).store is cache_of(cached).store
     agree(copied, plain, X)
     assert computed(copied) == 0
@@ -200,7 +201,8 @@ def test_pickle(how):
     blob = dump(cached, how)
     assert len(blob) < empty + 1000
     other = load(blob, how)
-    assert is_cached(other) and isinstance(other, Encoder)
+    assert is_cached(other)
+    assert isinstance(other, Encoder)
     agree(other, plain, X)
     assert cache_of(other).stats.hits == 6
     assert cache_of(other).store.stats().rows == 6
@@ -222,8 +224,11 @@ def test_decorated_classes(cls):
     """Instances of a decorated class are cached, pickle, copy, and load each other's state."""
     with Quiet():
         module, fresh = frozen(cls()), cls(4)
-    assert is_cached(cls) and is_cached(module) and isinstance(module, cls)
-    assert cls.__name__ in ("Bare", "Options") and cls.__module__ == __name__
+    assert is_cached(cls)
+    assert is_cached(module)
+    assert isinstance(module, cls)
+    assert cls.__name__ in ("Bare", "Options")
+    assert cls.__module__ == __name__
     x = module(X)
     assert torch.equal(module(X), x)
     assert hits(module) == 6
@@ -292,13 +297,14 @@ def test_state_dict_round_trip_and_strict():
 def test_hooks_of_the_root_run_on_every_call():
     """Hooks of the wrapped module run on misses and hits, those inside for computed rows only, and not in the check."""
     cached, _ = pair()
-    root, pre, inside = [], [], []
+    root, pre, _inside = [], [], []
     cached.register_forward_hook(lambda m, a, out: root.append(len(out)))
     cached.register_forward_pre_hook(lambda m, a: pre.append(len(a[0])))
     with Quiet():
         for _ in range(4):
             cached(X)
-    assert root == [6] * 4 and pre == [6] * 4
+    assert root == [6] * 4
+    assert pre == [6] * 4
 
 
 def test_hook_that_changes_inputs_or_outputs():
@@ -438,7 +444,7 @@ def test_lazy_modules():
     torch.manual_seed(0)
     cached = cached_module(nn.LazyLinear(3), freeze=True)
     with Quiet():
-        first = cached(X)
+        cached(X)
         for _ in range(3):
             assert_same(cached(X), nn.functional.linear(X, cached.weight, cached.bias))
     assert isinstance(cached, nn.Linear)
@@ -545,7 +551,7 @@ def test_jit_trace_and_make_fx_and_fake_tensors():
     traced = torch.jit.trace(parent, X, check_trace=False)
     y = torch.randn(3, 4)
     assert_same(traced(y), plain(y).tanh())
-    graph = make_fx(lambda x: cached(x))(X)
+    graph = make_fx(cached)(X)
     assert_same(graph(y), plain(y))
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         out = cached(fake.from_tensor(X))
@@ -572,11 +578,11 @@ def test_functional_transforms():
     assert_same(functional_call(cached, other, (X,)), functional_call(plain, other, (X,)))
     agree(cached, plain, X)
     assert_same(vmap(cached)(X), vmap(plain)(X))
-    loss = lambda m: lambda x: m(x).square().sum()  # noqa: E731
+    loss = lambda m: lambda x: m(x).square().sum()
     assert_same(grad(loss(cached))(X), grad(loss(plain))(X))
     assert_same(jvp(cached, (X,), (X,)), jvp(plain, (X,), (X,)))
     stacked = {name: torch.stack([value, value * 2]) for name, value in plain.state_dict().items()}
-    call = lambda m: lambda s: functional_call(m, s, (X,))  # noqa: E731
+    call = lambda m: lambda s: functional_call(m, s, (X,))
     assert_same(vmap(call(cached))(stacked), vmap(call(plain))(stacked))
     agree(cached, plain, X)
 
@@ -756,11 +762,12 @@ def test_metaclass_and_slots_and_generic():
 
 def test_module_shared_by_two_parents():
     """One cached module in two parents is one cache."""
-    cached, plain = pair()
+    cached, _plain = pair()
     a, b = nn.Sequential(cached), nn.Sequential(cached, nn.Identity())
     a(X)
     b(X)
-    assert computed(cached) == 6 and hits(cached) == 6
+    assert computed(cached) == 6
+    assert hits(cached) == 6
 
 
 def test_uncached_forgets_nothing_of_the_users():

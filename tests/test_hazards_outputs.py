@@ -1,4 +1,4 @@
-"""What comes back is what the module gives: structure, dtype, shape, device, and private memory, on a miss as on a hit."""
+"""What comes back is what the module gives: structure, dtype, shape, device, and private memory, on a miss as on a hit."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ TREES = {
     "one-tuple": lambda x: (x,),
     "nested": lambda x: {"a": [x, (x * 2, {"b": x})]},
     "dict": lambda x: {"b": x, "a": x * 2},
-    "int keys": lambda x: {0: x, 1: x * 2, True: x, None: x},
+    "int keys": lambda x: {0: x, 1: x * 2, True: x, None: x},  # noqa: F601
     "ordered": lambda x: collections.OrderedDict(a=x, b=x),
     "namedtuple": lambda x: Out(x, x * 2),
     "nested namedtuple": lambda x: Out(x, Out(x, None)),
     "dataclass": lambda x: Data(x, x * 2),
-    "frozen dataclass": lambda x: FrozenData(x),
+    "frozen dataclass": FrozenData,
     "model output": model_output,
     "none": lambda x: (x, None),
     "constants": lambda x: (x, 3, 2.5, True, "text", None, -0.0, 10**30),
@@ -84,7 +84,7 @@ TREES = {
     "empty tuple": lambda x: (x, ()),
     "empty dict": lambda x: (x, {}),
     "five dims": lambda x: x[:, :, None, None, None].expand(-1, -1, 2, 2, 2),
-    "same twice": lambda x: (lambda y: (y, y))(x * 2),
+    "same twice": lambda x: (lambda y: (y, y))(x * 2),  # noqa: PLC3002
     "transposed": lambda x: x[:, :, None].expand(-1, -1, 3).transpose(1, 2),
     "nan": lambda x: torch.where(x > 0, float("nan"), x),
     "infinite": lambda x: torch.where(x > 0, float("inf"), x),
@@ -118,7 +118,7 @@ NOT_ROWS = {
 def test_outputs_that_are_no_rows(name):
     """An output that cannot be parted into rows is returned as it is, with one warning that names the leaf."""
     cached, plain = pair(Apply(NOT_ROWS[name]))
-    with pytest.warns(CacheWarning, match="output") as seen:
+    with pytest.warns(CacheWarning, match="output") as seen:  # noqa: PT031
         for _ in range(3):
             found, expected = cached(X), plain(X)
             if name == "sparse":
@@ -130,7 +130,7 @@ def test_outputs_that_are_no_rows(name):
 
 def test_time_major_with_as_many_tokens_as_rows():
     """A (T, B, D) output with T == B is found out."""
-    function = lambda x: x[:, None].expand(-1, len(x), -1).transpose(0, 1) * torch.arange(1, len(x) + 1)[:, None, None]  # noqa: E731
+    function = lambda x: x[:, None].expand(-1, len(x), -1).transpose(0, 1) * torch.arange(1, len(x) + 1)[:, None, None]
     cached, plain = pair(Apply(function))
     with pytest.warns(CacheWarning):
         agree(cached, plain, X)
@@ -139,7 +139,7 @@ def test_time_major_with_as_many_tokens_as_rows():
 
 def test_time_major_with_fixed_tokens():
     """A (T, B, D) output with a fixed T is right whatever the batch: also when T is the batch's size."""
-    function = lambda x: torch.stack([x * t for t in range(1, 7)])  # noqa: E731
+    function = lambda x: torch.stack([x * t for t in range(1, 7)])
     cached, plain = pair(Apply(function))
     with Quiet():
         agree(cached, plain, X)
@@ -150,7 +150,7 @@ def test_time_major_with_fixed_tokens():
 
 def test_time_major_filled_by_single_rows():
     """A (1, B, D) output of single rows is not taken for rows when batches come."""
-    function = lambda x: (x * 2)[None]  # noqa: E731
+    function = lambda x: (x * 2)[None]
     cached, plain = pair(Apply(function))
     with Quiet():
         for row in X:
@@ -240,7 +240,7 @@ def test_calls_share_no_memory():
 
 def test_leaves_of_one_call_share_no_memory():
     """The same tensor twice comes back as two tensors, or at least writing to one changes no stored row."""
-    cached, plain = pair(Apply(lambda x: (lambda y: (y, y, y[:, :2]))(x * 2)))
+    cached, plain = pair(Apply(lambda x: (lambda y: (y, y, y[:, :2]))(x * 2)))  # noqa: PLC3002
     for _ in range(3):
         found = cached(X)
         assert_same(found, plain(X))
@@ -344,7 +344,10 @@ def test_outputs_of_hits_are_ordinary():
     cached, _ = pair(Apply(lambda x: x.t().contiguous().t() * 2))
     cached(X)
     found = cached(X)
-    assert found.is_contiguous() and not found.is_inference() and found.is_leaf and not found._is_view()
+    assert found.is_contiguous()
+    assert not found.is_inference()
+    assert found.is_leaf
+    assert not found._is_view()
     found += 1
     weight = torch.ones(4, requires_grad=True)
     (found * weight).sum().backward()
@@ -358,7 +361,9 @@ def test_bfloat16_and_float8_hits_can_be_written():
         with Quiet():
             for _ in range(3):
                 found = cached(X)
-                assert found.dtype == dtype and found.is_leaf and not found._is_view()
+                assert found.dtype == dtype
+                assert found.is_leaf
+                assert not found._is_view()
                 found.zero_()
                 assert cached(X).float().abs().sum() > 0 if not dtype.is_complex else True
 
@@ -367,7 +372,7 @@ def test_needs_grad_output_without_parameters():
     """Something trainable that is no parameter (a closure) is not cut off."""
     weight = torch.ones(4, requires_grad=True)
     cached, _ = pair(Apply(lambda x: x * weight))
-    with pytest.warns(CacheWarning):
+    with pytest.warns(CacheWarning):  # noqa: PT031
         for _ in range(3):
             out = cached(X)
             assert out.requires_grad
@@ -531,7 +536,7 @@ def test_miss_under_another_default_device():
 
 def test_meta_inputs():
     """Inputs on the meta device run uncached and give what the plain module gives."""
-    cached, plain = pair(nn.Linear(4, 3).to("meta"))
+    cached, _plain = pair(nn.Linear(4, 3).to("meta"))
     with Quiet():
         assert cached(X.to("meta")).shape == (6, 3)
         assert cached_module(nn.Identity().eval())(X.to("meta")).device.type == "meta"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -427,7 +428,7 @@ def test_ema_drift():
     """Weights that drift at every step are right at every step."""
     cached, plain = pair()
     with Quiet():
-        for step in range(12):
+        for _step in range(12):
             for m in (cached, plain):
                 with torch.no_grad():
                     for p in m.parameters():
@@ -550,7 +551,8 @@ def test_training_by_a_parent():
     parent.eval()
     stay = cached_module(Encoder(), freeze=True)
     nn.Sequential(stay).train()
-    assert not stay.training and not stay.drop.training
+    assert not stay.training
+    assert not stay.drop.training
     assert torch.equal(stay(X), stay(X))
 
 
@@ -637,7 +639,8 @@ def test_inference_mode_at_fill_and_training_later():
         agree(cached, plain, X)
     head = nn.Linear(3, 1)
     out = cached(X)
-    assert not out.is_inference() and not out.requires_grad
+    assert not out.is_inference()
+    assert not out.requires_grad
     head(out).sum().backward()
     assert head.weight.grad is not None
     out.mul_(2)
@@ -755,8 +758,8 @@ def test_output_depends_on_call_counter():
             self.step += 1
             return x + self.step
 
-    cached, plain = pair(Drifts())
-    with pytest.warns(CacheWarning):
+    cached, _plain = pair(Drifts())
+    with pytest.warns(CacheWarning):  # noqa: PT031
         cached(X)
         cached(X)
     one, two = cached(X), cached(X)
@@ -926,7 +929,7 @@ def test_restless_weights():
     """Weights that are written again and again with what they are end in a bypass, said once, and stay right."""
     cached, plain = pair()
     state = copy.deepcopy(plain.state_dict())
-    with pytest.warns(CacheWarning, match="again") as seen:
+    with pytest.warns(CacheWarning, match="again") as seen:  # noqa: PT031
         for _ in range(8):
             cached.load_state_dict(state)
             agree(cached, plain, X, times=1)
@@ -952,11 +955,8 @@ def test_freed_storage():
     size = storage.nbytes()
     kept = cached.last.weight.detach().clone()
     storage.resize_(0)
-    with Quiet():
-        try:
-            cached(X)
-        except RuntimeError:
-            pass
+    with Quiet(), contextlib.suppress(RuntimeError):
+        cached(X)
     storage.resize_(size)
     cached.last.weight.data.copy_(kept)
     agree(cached, plain, X)

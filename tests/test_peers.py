@@ -1,16 +1,15 @@
-"""The failures that were seen in torchcache and torch-module-cache (reference/PEERS.md 2.1-2.13, marked T), run here."""
+"""The failures that were seen in torchcache and torch-module-cache (reference/PEERS.md 2.1-2.13, marked T), run here."""  # noqa: E501
 
 from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
 from modcache import CacheWarning, MemoryStore, cache_of, cached_module, mode
 from tests.hazards import Encoder, Quiet, assert_same, bypassed, computed, frozen, hits, pair
-
-import pytest
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 

@@ -12,7 +12,18 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 from torch import nn
 
-from modcache import CacheMissError, CacheWarning, MemoryStore, TieredStore, cache_of, cached_module, is_cached, keys_for, mode, uncached
+from modcache import (
+    CacheMissError,
+    CacheWarning,
+    MemoryStore,
+    TieredStore,
+    cache_of,
+    cached_module,
+    is_cached,
+    keys_for,
+    mode,
+    uncached,
+)
 from tests.hazards import Encoder, assert_same, frozen
 
 POOL = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
@@ -88,7 +99,20 @@ class Times:
         return out * self.by
 
 
-EDITS = [scaled, data, numpy, replaced, buffered, buffered_in_place, attribute, swapped, loaded, assigned, rounded, hooked]
+EDITS = [
+    scaled,
+    data,
+    numpy,
+    replaced,
+    buffered,
+    buffered_in_place,
+    attribute,
+    swapped,
+    loaded,
+    assigned,
+    rounded,
+    hooked,
+]
 
 
 class CachedAndPlain(RuleBasedStateMachine):
