@@ -1421,3 +1421,13 @@ def test_a_late_answer_from_a_device_drops_what_was_known():
     followed.states()
     assert followed.identity.late_moves == 1
     assert followed.state() == before
+
+
+def test_a_lambda_of_no_module_or_of_a_library_counts_by_its_code():
+    """What a name does not lead to is told apart by what it does, wherever it says that it comes from."""
+    made: dict[str, object] = {}
+    exec("one = lambda x: x + 1\ntwo = lambda x: x + 2", {"__name__": "torch.nn"}, made)
+    exec("three = lambda x: x + 3", {"__name__": None}, made)
+    digests = {callable_digest(function)[0] for function in made.values()}
+
+    assert 3 == len(digests)

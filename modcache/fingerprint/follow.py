@@ -73,7 +73,7 @@ class Reader(ValueReader):
         """A function by its code, defaults and closure; the global names it reads are followed."""
         closure = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
         inside = b"".join(self._cell(cell, f"{path} variable {name}") for name, cell in closure if name != "__class__")
-        if of_library(fn.__module__):
+        if of_library(fn.__module__) and _goes_by_name(fn):
             return frame(b"named", encode(f"{fn.__module__}.{fn.__qualname__}") + inside)
         self.seen.functions[id(fn)] = fn
         extra = {name: item for name, item in vars(fn).items() if name != "__wrapped__"}
@@ -224,6 +224,14 @@ class _NamesIn:
     """In the queue: a method of an installed class of which the global names are to be followed."""
 
     fn: types.FunctionType
+
+
+def _goes_by_name(fn: types.FunctionType) -> bool:
+    """Whether the name of a library's function leads to it: not that of a lambda, nor of one made by ``exec``."""
+    found: object = sys.modules.get(fn.__module__)
+    for name in fn.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return getattr(found, "__code__", None) is fn.__code__
 
 
 def _forward_is_foreign(cls: type) -> bool:
