@@ -194,3 +194,17 @@ def test_wrong_keys_store_nothing():
     with pytest.raises(UsageError, match="the call has 3 rows, found 4 keys"):
         module(torch.randn(3, 3), cache_keys=[1, 2, 3, 4])
     assert cache_of(module).stats.rows == 3
+
+
+def test_pairs_of_texts_as_collating_makes_them():
+    """Texts in pairs arrive as one tuple per member: a row's key never depends on the rest of its batch alone."""
+    first = default_collate([("a", "left"), ("b", "left"), ("c", "right")])
+    assert digests(first, 3) == digests([("a", "left"), ("b", "left"), ("c", "right")])
+
+
+def test_two_pairs_of_texts_are_taken_both_ways():
+    """With as many members as rows, keys that one reading would confuse are told apart by the other."""
+    one = default_collate([("a", "left"), ("b", "left")])
+    other = default_collate([("a", "right"), ("b", "left")])
+    assert digests(one, 2)[0] != digests(other, 2)[0]
+    assert digests([("x",)]) == digests([("x",), ("y",)])[:1]

@@ -61,11 +61,25 @@ def given_rows(keys: object, count: int, source: str = "cache_keys") -> GivenRow
         UsageError: their number is not the number of rows.
         UsageTypeError: they are of a type that cannot be keys.
     """
-    rows = _rows(keys, source)
+    rows = _collated(keys, count, source) or _rows(keys, source)
     found = len(rows.values) if isinstance(rows, _Numbers) else len(rows)
     if found != count:
         raise UsageError(f"{source} must hold {_ACCEPTED}; the call has {count} rows, found {found} keys")
     return rows
+
+
+def _collated(keys: object, count: int, source: str) -> list[Any] | None:
+    """The rows of keys that are one list or tuple per member, as collating makes of pairs of texts; else ``None``.
+
+    Where there are as many members as rows, nothing tells members from rows, so both are put into each key.
+    """
+    if not isinstance(keys, list | tuple) or not keys or not all(isinstance(item, list | tuple) for item in keys):
+        return None
+    if {len(item) for item in keys} != {count}:
+        return None
+    columns = _pairs(keys, source)
+    rows = _pairs(columns, source)
+    return columns if len(keys) != count or rows == columns else list(zip(rows, columns, strict=True))
 
 
 def _rows(keys: object, source: str) -> GivenRows:
