@@ -270,14 +270,14 @@ def _result_file(machine: Machine) -> Path:
     return RESULTS / f"{today}-{machine.name}.json"
 
 
-def _written(results: _Results) -> Path:
+def _written(results: _Results, command: str) -> Path:
     """Write the results into the day's file; what a run of a part of the benchmarks did not measure stays there."""
     machine = this_machine()
     file = _result_file(machine)
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     merged = {
         "machine": asdict(machine),
-        "command": "make bench",
+        "command": command,
         **{kind: {**before.get(kind, {}), **found} for kind, found in asdict(results).items()},
     }
     RESULTS.mkdir(exist_ok=True)
@@ -314,7 +314,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("goals")
     for line in goals_table(results.goals):
         terminalreporter.write_line(line)
-    terminalreporter.write_line(f"\nwritten to {_written(results)}")
+    command = " ".join(["pytest", *map(str, config.invocation_params.args)])
+    terminalreporter.write_line(f"\nwritten to {_written(results, command)}")
 
 
 if __name__ == "__main__":  # python benchmarks/conftest.py FILE: the table of a recorded run, for the README
