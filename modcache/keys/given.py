@@ -75,8 +75,10 @@ def _collated(keys: object, count: int, source: str) -> list[Any] | None:
     """
     if not isinstance(keys, list | tuple) or not keys or not all(isinstance(item, list | tuple) for item in keys):
         return None
-    if {len(item) for item in keys} != {count}:
-        return None
+    if {len(item) for item in keys} != {count} or not all(
+        isinstance(text, str | bytes) for item in keys for text in item
+    ):
+        return None  # members that are numbers arrive as tensors
     columns = _pairs(keys, source)
     rows = _pairs(columns, source)
     return columns if len(keys) != count or rows == columns else list(zip(rows, columns, strict=True))
