@@ -14,9 +14,9 @@ from xxhash import xxh3_128_digest
 from benchmarks.conftest import side_by_side
 from modcache import cache_of, cached_module, keys
 from modcache.batch import split
-from modcache.digest import tensor_row_digests
 from modcache.keys.parts import text_digests
 from modcache.keys.registry import is_row
+from modcache.row_digests import tensor_row_digests
 
 if TYPE_CHECKING:
     from pathlib import Path

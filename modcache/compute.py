@@ -14,8 +14,9 @@ from .hit import Site
 from .keys import Keyed
 from .keys.tokens import TokenRows, fit_tokens, token_dims, unpad_rows
 from .memo import Bypass, Memo, Options, TokenDims
+from .outputs import NotRowsError, rows_of
 from .recipe import Form
-from .rows import NotRowsError, Rows, rows_of
+from .rows import Rows
 from .selfcheck import difference, lengths_of, preserved_randomness, rows_to_check, sizes_of
 
 __all__ = ["Computed", "Host", "Job", "Part", "compute", "compute_again", "run_uncached", "self_check_failed"]

@@ -8,53 +8,25 @@ The encoding is described for other readers in ``docs/reference/key-scheme.md``.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import enum
-import functools
-import itertools
-import os
 import pathlib
 import struct
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import xxhash
 
-__all__ = [
-    "KEY_SCHEME",
-    "NoContentError",
-    "digest",
-    "encode",
-    "frame",
-    "is_ordinary",
-    "is_plain",
-    "is_readable",
-    "memory_of",
-    "plain_row_digests",
-    "row_digests",
-    "seed_of",
-    "settled",
-    "tensor_digest",
-    "tensor_row_digests",
-]
+from .tensors import NoContentError, memory_of, settled
+
+__all__ = ["KEY_SCHEME", "digest", "encode", "frame", "seed_of", "tensor_digest"]
 
 KEY_SCHEME = 1
 """Number of the encoding; it is part of every namespace, so that a new scheme never reads old keys."""
 
-_LARGE_ROW = 1 << 11  # from here on a slice of a memoryview is cheaper than struct.unpack (measured)
-_STRIDED_ROW = 1 << 16  # from here on strided rows go through one buffer instead of a whole copy
-_THREADED_BATCH = 1 << 24  # a second thread costs about 60 µs: it pays from about 16 MiB a batch
-
 digest = xxhash.xxh3_128_digest
 """xxh3-128 of a bytes-like object, as 16 bytes."""
-
-
-class NoContentError(Exception):
-    """A value has no content that could name it (an arbitrary object, a generator, a fake tensor)."""
 
 
 def seed_of(frame_bytes: bytes) -> int:
@@ -198,197 +170,7 @@ def _encode_tensor(value: torch.Tensor) -> bytes:
     return frame(b"tensor", encode(value.dtype) + encode(tuple(value.shape)) + content)
 
 
-# --- memory of tensors ----------------------------------------------------------------------------------
-
-
-_ORDINARY = frozenset(
-    {
-        torch.Tensor,
-        torch.nn.Parameter,
-        getattr(torch.nn, "Buffer", torch.Tensor),
-    }  # Buffer came with torch 2.5
-)
-
-
-def is_ordinary(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is of torch's own classes: a subclass may carry what its values do not show."""
-    return type(tensor) in _ORDINARY
-
-
-def is_readable(tensor: torch.Tensor) -> bool:
-    """Whether the values of a tensor lie in ordinary memory that belongs to it (not fake, meta, sparse, freed …)."""
-    return (
-        type(tensor) in _ORDINARY
-        and tensor.layout is torch.strided
-        and tensor.device.type != "meta"
-        and not tensor.is_quantized
-        and not tensor.is_nested
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and tensor.untyped_storage().nbytes() >= _span(tensor)
-    )
-
-
-def _span(tensor: torch.Tensor) -> int:
-    """The bytes from the start of the storage to the end of the last element of a tensor."""
-    if tensor.numel() == 0:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
-
-
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy and without a trace left on its storage.
-
-    ``.numpy()`` would forbid the storage to be resized for good, which breaks sharded training; so the memory
-    is borrowed by its address. The caller keeps the tensor alive while it looks.
-    """
-    size = tensor.nbytes
-    if size == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
-
-
-def settled(tensor: torch.Tensor) -> torch.Tensor:
-    """The logical values of a tensor on the host: detached, conjugation and negation carried out."""
-    if not is_readable(tensor):
-        raise NoContentError(f"a {_kind(tensor)} has no readable values to make a key of")
-    tensor = tensor.detach()
-    if tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg()
-    return tensor if tensor.device.type == "cpu" else tensor.cpu()
-
-
-def _kind(tensor: torch.Tensor) -> str:
-    if type(tensor) not in _ORDINARY:
-        return f"tensor of type {type(tensor).__module__}.{type(tensor).__qualname__}"
-    return f"{tensor.layout} tensor on {tensor.device}"
-
-
 def tensor_digest(tensor: torch.Tensor) -> bytes:
     """The digest of all values of a tensor, in C order, whatever its strides."""
     values = settled(tensor).contiguous()
     return digest(memory_of(values))
-
-
-def tensor_row_digests(tensor: torch.Tensor, seed: int) -> list[bytes]:
-    """One digest per row (dim 0) of a tensor: of the row's values in C order, any dtype, any strides."""
-    values = tensor if _lies_ready(tensor) else settled(tensor)
-    count = values.shape[0]
-    width = values.nbytes // count if count else 0
-    if not values.is_contiguous():
-        if width >= _STRIDED_ROW:
-            return _strided_row_digests(values, seed)
-        values = values.contiguous()
-    return row_digests(memory_of(values), count, width, seed)
-
-
-def is_plain(value: object) -> bool:
-    """Whether a value is a dense CPU tensor with at least one byte a row, of a type that is never conjugated."""
-    return (
-        type(value) is torch.Tensor
-        and value.is_cpu
-        and value.layout is torch.strided
-        and not (value.is_quantized or value.is_nested or value.is_complex())
-        and value.nbytes > 0
-    )
-
-
-def plain_row_digests(tensor: torch.Tensor, seed: int) -> list[bytes]:
-    """What `tensor_row_digests` gives, for a tensor of an outline that was seen to be plain.
-
-    A hit is as quick as the number of torch's functions that it touches is small: after a large gather each of them
-    has to come from far memory again. So what an outline says already is not asked anew.
-    """
-    address = tensor.data_ptr()  # raises for a tensor without memory, is 0 for memory that was freed
-    if not (address and tensor.is_contiguous()) or tensor.is_neg():
-        return tensor_row_digests(tensor, seed)
-    count, size = tensor.shape[0], tensor.nbytes
-    if tensor.untyped_storage().nbytes() < size + tensor.storage_offset() * tensor.itemsize:
-        return tensor_row_digests(tensor, seed)  # its storage was made smaller; that says so
-    memory = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
-    return row_digests(memory, count, size // count, seed)
-
-
-def _lies_ready(tensor: torch.Tensor) -> bool:
-    """Whether the bytes of a tensor are its values as they are: what `settled` would find out at some length."""
-    return (
-        type(tensor) is torch.Tensor
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not (tensor.is_quantized or tensor.is_nested)
-        and tensor.is_contiguous()
-        and not (tensor.is_conj() or tensor.is_neg())
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize >= tensor.nbytes
-    )
-
-
-def _strided_row_digests(values: torch.Tensor, seed: int) -> list[bytes]:
-    """Row by row through one buffer that stays in cache: half the time of copying the batch first."""
-    buffer = torch.empty(values.shape[1:], dtype=values.dtype, device="cpu")
-    memory = memory_of(buffer)
-    found = []
-    for row in values.unbind(0):
-        buffer.copy_(row)
-        found.append(digest(memory, seed))
-    return found
-
-
-@functools.lru_cache(maxsize=256)
-def _row_struct(width: int, count: int) -> struct.Struct:
-    return struct.Struct(f"{width}s" * count)
-
-
-def row_digests(memory: memoryview, count: int, width: int, seed: int) -> list[bytes]:
-    """One digest for each of ``count`` rows of ``width`` bytes that lie behind each other in ``memory``."""
-    if count * width >= _THREADED_BATCH and (threads := _threads()) > 1:
-        return _threaded_row_digests(memory, count, width, seed, threads)
-    rows: Iterable[bytes | memoryview]
-    if 0 < width < _LARGE_ROW:
-        rows = _row_struct(width, count).unpack(memory)
-    else:
-        rows = [memory[start : start + width] for start in range(0, count * width, width)] if width else [b""] * count
-    return list(map(digest, rows, itertools.repeat(seed)))  # by position: a keyword costs twice the digest
-
-
-# --- threads for large batches --------------------------------------------------------------------------
-
-
-def _threads() -> int:
-    try:
-        return min(len(os.sched_getaffinity(0)), 4)
-    except AttributeError:  # not on macOS and Windows
-        return min(os.cpu_count() or 1, 4)
-
-
-class _Pool:
-    """A thread pool that is made when first needed, and made anew in a forked child."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._made: tuple[int, ThreadPoolExecutor] | None = None
-
-    def get(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._made is None or self._made[0] != os.getpid():
-                self._made = os.getpid(), ThreadPoolExecutor(4, thread_name_prefix="modcache-digest")
-            return self._made[1]
-
-
-_pool = _Pool()
-
-
-def _threaded_row_digests(memory: memoryview, count: int, width: int, seed: int, threads: int) -> list[bytes]:
-    """xxhash lets go of the interpreter lock, so rows out of cache are digested side by side."""
-
-    def part(bounds: tuple[int, int]) -> list[bytes]:
-        first, last = bounds
-        return [digest(memory[row * width : (row + 1) * width], seed) for row in range(first, last)]
-
-    edges = [count * part_number // threads for part_number in range(threads + 1)]
-    spans = list(itertools.pairwise(edges))
-    others = [_pool.get().submit(part, span) for span in spans[1:]]
-    found = part(spans[0])
-    for other in others:
-        found += other.result()
-    return found

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from .ask import contained, explained, keys_of, row_count
 from .attached import Attached
-from .call import contained, explained, keys_of, row_count
 from .explain import Explanation
 from .memo import Bypass
 from .stats import CallHook, Stats

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .digest import NoContentError
 from .keys import Given
 from .memo import Memo
 from .modes import current_mode
+from .outputs import UnknownClassError, tree_of
 from .recipe import Outline, Recipe, outline_of
-from .rows import UnknownClassError, tree_of
 from .stores import Found
+from .tensors import NoContentError
 
 __all__ = ["Missed", "Site", "hit"]
 

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from .batch import Batch
-from .digest import NoContentError, digest, encode, is_plain, plain_row_digests, tensor_row_digests
+from .digest import digest, encode
 from .keys import Given, Keyed, given_keyed_as
 from .keys.given import given_keys
 from .keys.parts import Meta, Part, Texts, Values, row_keys, text_digests
+from .row_digests import plain_row_digests, tensor_row_digests
+from .tensors import NoContentError, is_plain
 
 __all__ = ["Form", "Outline", "Recipe", "form_of", "outline_of", "recipe_of"]
 

@@ -19,22 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from modcache import digest as module
-from modcache.digest import (
-    NoContentError,
-    digest,
-    encode,
-    frame,
-    is_ordinary,
-    is_readable,
-    memory_of,
-    plain_row_digests,
-    row_digests,
-    seed_of,
-    settled,
-    tensor_digest,
-    tensor_row_digests,
-)
+from modcache import row_digests as module
+from modcache.digest import digest, encode, frame, seed_of, tensor_digest
+from modcache.row_digests import plain_row_digests, row_digests, tensor_row_digests
+from modcache.tensors import NoContentError, is_ordinary, is_readable, memory_of, settled
 
 # --- values ---------------------------------------------------------------------------------------------
 

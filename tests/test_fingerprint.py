@@ -1430,4 +1430,4 @@ def test_a_lambda_of_no_module_or_of_a_library_counts_by_its_code():
     exec("three = lambda x: x + 3", {"__name__": None}, made)
     digests = {callable_digest(function)[0] for function in made.values()}
 
-    assert 3 == len(digests)
+    assert len(digests) == 3

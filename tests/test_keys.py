@@ -16,10 +16,11 @@ import modcache
 from modcache import CacheWarning, KeyExtractionError, UsageError, UsageTypeError, cache_of, cached_module, keys
 from modcache.arguments import Binder
 from modcache.batch import Column, split
-from modcache.digest import NoContentError, digest
+from modcache.digest import digest
 from modcache.keys import Extractor, Given, extractor_of, given_keyed
 from modcache.keys.parts import Values, part_of, row_keys, shared_digests
 from modcache.keys.registry import is_row
+from modcache.tensors import NoContentError
 
 from .models import CountingEncoder, Scaled, TextEncoder, encoder
 

@@ -17,9 +17,9 @@ from modcache import (
     register_key_extractor,
 )
 from modcache.batch import split
-from modcache.digest import NoContentError
 from modcache.keys import Extractor, registry
 from modcache.keys.registry import encode_registered, has_extractor, is_row
+from modcache.tensors import NoContentError
 
 
 @pytest.fixture(autouse=True)

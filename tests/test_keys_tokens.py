@@ -22,7 +22,8 @@ from modcache.keys.tokens import (
     token_metas,
     unpad_rows,
 )
-from modcache.rows import SINGLE, Layout, Rows, rows_of, token_dims_of, tree_of
+from modcache.outputs import rows_of, token_dims_of, tree_of
+from modcache.rows import SINGLE, Layout, Rows
 
 from .models import TokenEncoder
 

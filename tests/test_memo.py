@@ -8,7 +8,7 @@ import torch
 
 from modcache import CacheWarning, MemoryStore, cache_of, cached_module
 from modcache.memo import Bypass, Memo, Options
-from modcache.rows import rows_of
+from modcache.outputs import rows_of
 
 from .models import encoder
 

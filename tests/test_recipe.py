@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from modcache import CacheWarning, cache_of, cached_module, hit, keys_for
+from modcache.outputs import UnknownClassError
 from modcache.recipe import outline_of
-from modcache.rows import UnknownClassError
 
 
 class Weighted(nn.Module):

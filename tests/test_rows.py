@@ -15,20 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from modcache.rows import (
-    SINGLE,
-    Layout,
-    NotRowsError,
-    Rows,
-    UnknownClassError,
-    bytes_of,
-    join_rows,
-    rows_of,
-    tensor_of,
-    token_dims_of,
-    tree_of,
-    with_token_dims,
-)
+from modcache.outputs import NotRowsError, UnknownClassError, rows_of, token_dims_of, tree_of, with_token_dims
+from modcache.rows import SINGLE, Layout, Rows, bytes_of, join_rows, tensor_of
 
 from .models import Encoded, EncodedData, EncodedOutput, EveryTree, StridedModel, TiedModel
 

@@ -12,7 +12,7 @@ from torch import nn
 from modcache import CacheWarning, cache_of, cached_module
 from modcache.batch import split
 from modcache.keys.registry import is_row
-from modcache.rows import rows_of
+from modcache.outputs import rows_of
 from modcache.selfcheck import difference, lengths_of, preserved_randomness, rows_to_check, sizes_of, tolerance_of
 
 from .models import BatchCoupled, Dropout, Noisy, Normalised

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..digest import NoContentError, digest, encode
+from ..digest import digest, encode
+from ..tensors import NoContentError
 from .follow import Reader
 from .values import class_name
 

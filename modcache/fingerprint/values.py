@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from torch.utils._contextlib import _DecoratorContextManager
 
-from ..digest import NoContentError, encode, frame
+from ..digest import encode, frame
+from ..tensors import NoContentError
 from .code import of_library
 from .seen import Seen
 

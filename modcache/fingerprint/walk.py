@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
-from ..digest import digest, encode, frame, is_readable
+from ..digest import digest, encode, frame
+from ..tensors import is_readable
 from .code import of_library
 from .follow import Reader
 from .values import ORIGIN_NAMES, class_name

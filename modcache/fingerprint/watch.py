@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from ..digest import is_readable
+from ..tensors import is_readable
 from .follow import installed_class
 from .probe import SETS, DeviceProbe, HostProbe
 from .walk import GLOBAL_HOOKS, Walk, submodules

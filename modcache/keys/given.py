@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from ..batch import Batch, Column
-from ..digest import digest, encode, row_digests
+from ..digest import digest, encode
 from ..errors import UsageError, UsageTypeError
+from ..row_digests import row_digests
 from .parts import Meta
 
 __all__ = ["given_digests", "given_keys", "given_metas", "given_rows"]

@@ -12,20 +12,10 @@ import numpy as np
 import torch
 
 from ..batch import Batch, Column
-from ..digest import (
-    KEY_SCHEME,
-    NoContentError,
-    digest,
-    encode,
-    frame,
-    is_ordinary,
-    memory_of,
-    row_digests,
-    seed_of,
-    settled,
-    tensor_row_digests,
-)
+from ..digest import KEY_SCHEME, digest, encode, frame, seed_of
+from ..row_digests import row_digests, tensor_row_digests
 from ..rows import bytes_of
+from ..tensors import NoContentError, is_ordinary, memory_of, settled
 from .files import path_key
 from .registry import encode_registered, has_extractor
 

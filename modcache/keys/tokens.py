@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from ..batch import Batch, Column
-from ..digest import NoContentError, digest, is_readable, memory_of, settled
-from ..rows import Layout, Rows, UnknownClassError, token_dims_of, with_token_dims
+from ..digest import digest
+from ..outputs import UnknownClassError, token_dims_of, with_token_dims
+from ..rows import Layout, Rows
+from ..tensors import NoContentError, is_readable, memory_of, settled
 from .parts import Meta, part_of
 
 __all__ = [

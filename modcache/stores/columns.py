@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..digest import memory_of
 from ..errors import UsageError, UsageTypeError
+from ..tensors import memory_of
 from .pages import reserve
 
 if TYPE_CHECKING:
