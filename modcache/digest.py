@@ -20,13 +20,16 @@ import xxhash
 
 from .tensors import NoContentError, memory_of, settled
 
-__all__ = ["KEY_SCHEME", "digest", "encode", "frame", "seed_of", "tensor_digest"]
+__all__ = ["KEY_SCHEME", "digest", "encode", "frame", "hasher", "seed_of", "tensor_digest"]
 
 KEY_SCHEME = 1
 """Number of the encoding; it is part of every namespace, so that a new scheme never reads old keys."""
 
 digest = xxhash.xxh3_128_digest
 """xxh3-128 of a bytes-like object, as 16 bytes."""
+
+hasher = xxhash.xxh3_128
+"""The same for bytes that come piece by piece: ``update(...)``, then ``digest()``."""
 
 
 def seed_of(frame_bytes: bytes) -> int:

@@ -37,8 +37,8 @@ def outline_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], grad: bool) -> 
         cls = type(value)
         if cls is torch.Tensor and not (grad and value.requires_grad) and not value.is_nested:
             outline += (value.dtype, value.shape, value.device, value.layout)
-        elif cls is list and set(map(type, value)) == _TEXT:
-            outline += (_TEXT, len(value))
+        elif (cls is list or cls is tuple) and set(map(type, value)) == _TEXT:
+            outline += (cls, len(value))
         elif cls in _FLAGS:
             outline += (cls, value)
         else:

@@ -6,9 +6,7 @@ import os
 import threading
 import time
 
-import xxhash
-
-from ..digest import encode, frame
+from ..digest import encode, frame, hasher
 
 __all__ = ["CHECKS", "path_key"]
 
@@ -52,11 +50,11 @@ def _content_digest(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -
         return found
     with open(path, "rb") as file:
         before = os.fstat(file.fileno())
-        hasher = xxhash.xxh3_128()
+        content = hasher()
         while chunk := file.read(_CHUNK):
-            hasher.update(chunk)
+            content.update(chunk)
         after = os.fstat(file.fileno())
-    found = hasher.digest()
+    found = content.digest()
     settled = time.time() - max(after.st_mtime, after.st_ctime) > _SETTLED
     if settled and _stamp(before) == _stamp(after):
         with _lock:
