@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["Batch", "Bound", "Column", "NoRowsError", "row", "split", "take"]
+__all__ = ["Batch", "Bound", "Column", "NoRowsError", "row", "split", "take", "tensors_in"]
 
 Bound = Sequence[tuple[str, object]]
 """The arguments of a call by name, in the order of the signature."""
@@ -195,12 +195,21 @@ def _like_dataclass(value: Any, fields: dict[str, Any]) -> Any:
     return other
 
 
+# torch 2.8 cannot index these dtypes. `index_select` takes them, but forgets the memory format, which the rows of
+# other dtypes must keep: a convolution goes by it.
+_SELECTED = frozenset({
+    torch.uint16, torch.uint32, torch.uint64,
+    torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
+})  # fmt: skip
+
+
 def _taken(column: Column, places: Sequence[int]) -> Any:
     value = column.value
     if column.single:
         return value
     if isinstance(value, torch.Tensor):
-        return value[torch.tensor(places, dtype=torch.int64, device=value.device)]
+        index = torch.tensor(places, dtype=torch.int64, device=value.device)
+        return value.index_select(0, index) if value.dtype in _SELECTED else value[index]
     if isinstance(value, np.ndarray):
         return value[np.asarray(places, dtype=np.int64)]
     items = (value[place] for place in places)
@@ -231,3 +240,19 @@ def _row_of(value: Any, path: str, columns: Mapping[str, Column], place: int) ->
 
 def _never(_: object) -> bool:
     return False
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """All tensors of an argument, however deep in lists, tuples, mappings and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        if value and type(value[0]) is not str:
+            for item in value:
+                yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))

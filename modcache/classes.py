@@ -100,7 +100,9 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+def _is_exporting() -> bool:
+    """What `torch.compiler.is_exporting` says, which dynamo of torch 2.8 takes for true in any graph."""
+    return torch.compiler._is_exporting_flag
 
 
 def _outside_the_graph(module: nn.Module, cls: type[nn.Module], args: Any, kwargs: Any) -> Any:

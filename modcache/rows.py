@@ -53,7 +53,7 @@ class Rows:
 
 def _take(tensor: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
     index = torch.tensor(places, dtype=torch.int64, device=tensor.device)
-    return tensor[index]
+    return tensor.index_select(0, index)  # of any dtype; torch 2.8 cannot index all of them
 
 
 # --- bytes of tensors -----------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_taking_rows_is_taking_them_from_every_tensor(output, places):
 
     def picked(value):
         if isinstance(value, torch.Tensor):
-            return value[places] if places else value[:0]
+            return torch.stack([value[place] for place in places]) if places else value[:0]
         if isinstance(value, EncodedData):
             return EncodedData(picked(value.vector), picked(value.norm))
         if isinstance(value, Encoded):
