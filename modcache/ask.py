@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .arguments import Arguments
-from .batch import Batch, NoRowsError, split
+from .batch import Batch, NoRowsError, split, tensors_in
 from .digest import digest, encode, frame
 from .explain import Explanation
 from .hit import Site
@@ -51,7 +51,7 @@ def batch_of(options: Options, arguments: Arguments) -> Batch:
 def refuse_grad(arguments: Arguments) -> None:
     """Bypass a call of which an input needs grad: a stored row could not pass it on."""
     for name, value in arguments.bound():
-        if _needs_grad(value):
+        if any(tensor.requires_grad for tensor in tensors_in(value)):
             _refuse(name)
 
 
@@ -67,14 +67,6 @@ def refuse_blocked(memo: Memo, form: Form) -> None:
     """Bypass calls of a form that was found not to be rows."""
     if (reason := memo.blocked(form)) is not None:
         raise Bypass(reason)
-
-
-def _needs_grad(value: object) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.requires_grad
-    if isinstance(value, list | tuple):
-        return bool(value) and type(value[0]) is not str and any(map(_needs_grad, value))
-    return isinstance(value, Mapping) and any(map(_needs_grad, value.values()))
 
 
 def keyed_of(memo: Memo, batch: Batch, arguments: Arguments, given: Given | None) -> Keyed:
@@ -178,6 +170,11 @@ def explained(
 ) -> list[Explanation]:
     """Why each row of a call would hit or miss."""
     batch, keyed = keys_of(memo, arguments, given)
-    refuse_blocked(memo, form_of(batch, keyed))
+    form = form_of(batch, keyed)
+    refuse_blocked(memo, form)
     found = _are_stored(memo, namespace, keyed.keys)
-    return memo.memory.explain(namespace, keyed, shared_digests(batch), found, namespaces)
+    answers = memo.memory.explain(namespace, keyed, shared_digests(batch), found, namespaces)
+    if memo.passed(namespace, form) is not None or len(set(keyed.keys)) < 2:
+        return answers
+    why = "stored, but batches of this form are not checked yet: the first one is computed as a whole"
+    return [Explanation(answer.row, False, why) if answer.hit else answer for answer in answers]

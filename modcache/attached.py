@@ -18,7 +18,7 @@ from .arguments import Arguments, Binder
 from .call import bypass, call
 from .compute import Host
 from .digest import KEY_SCHEME, digest, encode, frame
-from .fingerprint import Fingerprint, Identity, Standing, context, context_facts
+from .fingerprint import UNDETERMINED, Fingerprint, Identity, Standing, context, context_facts
 from .hit import Missed, Site, hit
 from .keys import Given, extractor_of
 from .memo import Bypass, Memo, Options
@@ -33,6 +33,8 @@ Context = tuple[object, ...]
 _LARGE = 256 << 20
 """Bytes of weights up to which they are digested at once (some 20 ms), so that a state that comes back is known."""
 _NEVER = 1 << 62
+
+_STATES = 64
 
 _FAST_PRODUCTS: dict[object, float] = {"tf32": 1e-2, "high": 1e-2, "bf16": 5e-2, "medium": 5e-2}
 """How far apart float32 results may be where products are less exact than float32."""
@@ -104,6 +106,7 @@ class Attached:
         self._sites: dict[tuple[int, Context], Site] = {}
         self._fine: list[Standing | None] = [None, None]  # standings that were looked at and are no reason to bypass
         self._fingerprints: dict[int, Fingerprint] = {}
+        self._undigested: set[str] = set()  # namespaces that are named by a number of this process, not by content
         self._latest: int | None = None
         self._late_moves = 0
 
@@ -126,6 +129,7 @@ class Attached:
     ) -> Any:
         """What the module's forward gives, from the store where it can."""
         keys = kwargs.pop("cache_keys", None)
+        given = self._given(keys)  # also for a call that is bypassed: it has its number among those in keys_for
         grad = torch.is_grad_enabled()
         try:
             standing = self.refuse(module)
@@ -137,13 +141,18 @@ class Attached:
         site = self._sites.get(now) or self._look(module, now)
         if standing.state != self._latest:
             self._superseded(standing.state)
-        given = self._given(keys)
         output = hit(self.memo, site, args, kwargs, given, grad)
         if type(output) is not Missed:
             return output
         settle = partial(self.identity.settle, module)
         host = Host(self._run(module, original), self._bind(original), settle, grad, self.identity.turn)
         return call(self.memo, site, host, args, kwargs, given, output)
+
+    def moved(self) -> None:
+        """The module is being moved or cast: nothing that depends on where it was may be kept."""
+        self.identity.drop()
+        self._sites.clear()
+        self.memo.recipes.clear()
 
     def refuse(self, module: nn.Module) -> Standing:
         """How the module stands now.
@@ -239,8 +248,18 @@ class Attached:
         around = [value for name, value in context_facts(now[1]).items() if name.endswith(kind)]
         dtypes = {*(tensor.dtype for tensor in tensors), *(value for value in around if isinstance(value, torch.dtype))}
         floor = max([0.0, *map(tolerance_of, dtypes), *(_FAST_PRODUCTS.get(value, 0.0) for value in around)])
+        if len(self._sites) >= _STATES:
+            self._forget_states()
         site = self._sites[now] = Site(self._namespace(module, now), device, floor)
         return site
+
+    def _forget_states(self) -> None:
+        """A module that is trained while it is used in between has a state a step: not all are remembered."""
+        self._sites.clear()
+        self._fingerprints.clear()
+        held = set(self.memo.store.namespaces())
+        with self._lock:
+            self._namespaces = {now: name for now, name in self._namespaces.items() if name in held}
 
     # --- namespaces
 
@@ -256,7 +275,11 @@ class Attached:
         if sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) <= self._undigested_from:
             self._fingerprints[state] = self.identity.fingerprint(module)
         known = self._fingerprints.get(state)
-        return self._digest(encode((self._token, state)) if known is None else known.digest, around)
+        if known is not None:
+            return self._digest(known.digest, around)
+        name = self._digest(encode((self._token, state)), around)
+        self._undigested.add(name)
+        return name
 
     def _digest(self, content: bytes, around: Context) -> str:
         options = self.memo.options
@@ -275,14 +298,19 @@ class Attached:
     def namespace(self, module: nn.Module) -> str:
         """The namespace of the module as it is now; weights that were not digested yet are digested for it."""
         now = self.identity.check(module, False).state, context()
-        self._fingerprints[now[0]] = known = self.identity.fingerprint(module)
+        known = self.identity.fingerprint(module)
         name = self._digest(known.digest, now[1])
+        if now[0] == UNDETERMINED:  # in training, say: the number stands for any weights, and nothing is stored
+            return name
         with self._lock:
-            before, self._namespaces[now] = self._namespaces.get(now, name), name
-        self._sites.clear()
-        if before != name:
-            self.memo.store.rename(before, name)  # type: ignore[attr-defined]  # only memory stores hold undigested
-        return name
+            self._fingerprints[now[0]] = known
+            before = self._namespaces.setdefault(now, name)
+            if before in self._undigested:
+                self._undigested.discard(before)
+                self._sites.pop(now, None)
+                self._namespaces[now] = name
+                self.memo.rename(before, name)
+            return self._namespaces[now]
 
     def namespaces(self) -> list[str]:
         """All namespaces that this module had so far."""
@@ -351,10 +379,9 @@ class Attached:
     def close(self) -> None:
         """Run uncached from now on."""
         self.closed = True
-        if self.requested.store is None:
-            self.memo.store.close()
-        else:
-            self.memo.store.flush()
+        self.memo.store.flush()
+        if self.requested.store is None:  # its own, unless a copy of the module shares it
+            self.memo.store = MemoryStore()
 
 
 def _restored(

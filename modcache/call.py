@@ -64,8 +64,10 @@ def call(
     batch = None
     try:
         arguments = host.bind(args, kwargs)
-    except TypeError:
-        return run_uncached(memo.options, host.run, args, kwargs)  # raises what the module raises of wrong arguments
+    except TypeError as error:
+        output = run_uncached(memo.options, host.run, args, kwargs)  # raises what the module raises of wrong arguments
+        advice = f"its arguments do not fit its signature ({error}), though it takes them; it runs uncached."
+        return bypass(memo, host.run, args, kwargs, Bypass("arguments do not fit the signature", advice, output))
     try:
         batch = batch_of(memo.options, arguments)
         if host.grad:

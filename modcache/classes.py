@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .attached import Attached
+from .errors import UsageError
 
 __all__ = ["ATTACHED", "cached_class", "decorated_class", "original_class"]
 
@@ -48,6 +49,7 @@ def cached_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def decorated_class(cls: type[nn.Module], attach: Attach) -> type[nn.Module]:
     """The class that replaces a decorated one; ``attach`` readies each of its instances."""
+    _refuse_own_name_in_super(cls)
 
     def attaching(init: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(init)
@@ -67,6 +69,17 @@ def decorated_class(cls: type[nn.Module], attach: Attach) -> type[nn.Module]:
     made = _subclass(cls, {"__init__": attaching(cls.__init__), "_modcache_attach": staticmethod(attach)})
     made.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[assignment]  # for the classes to come
     return made
+
+
+def _refuse_own_name_in_super(cls: type) -> None:
+    """``super(Name, self)`` would find the cached class under its name, and call itself without end."""
+    for name, value in vars(cls).items():
+        code = getattr(value, "__code__", None)
+        if code is not None and {"super", cls.__name__} <= {*code.co_names, *code.co_freevars}:
+            raise UsageError(
+                f"{cls.__name__}.{name} says super({cls.__name__}, ...), but once decorated that name means the cached "
+                "class. Write super(), or wrap instances: cached_module(module)."
+            )
 
 
 def _subclass(cls: type[nn.Module], more: dict[str, Any]) -> type[nn.Module]:
@@ -142,7 +155,7 @@ def _apply(cls: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(cls._apply)
     def apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         if (found := self.__dict__.get(ATTACHED)) is not None:
-            found.identity.drop()  # or the old weights would stay in memory until the next call
+            found.moved()  # or the old weights would stay in memory until the next call
         return cls._apply(self, *args, **kwargs)  # type: ignore[no-any-return, no-untyped-call]
 
     return apply

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
 from .arguments import Arguments, Binder
-from .batch import Batch
+from .batch import Batch, tensors_in
 from .hit import Site
 from .keys import Keyed
 from .keys.tokens import TokenRows, fit_tokens, token_dims, unpad_rows
 from .memo import Bypass, Memo, Options, TokenDims
+from .modes import without_given_keys
 from .outputs import NotRowsError, rows_of
 from .recipe import Form
 from .rows import Rows
@@ -93,14 +95,21 @@ def run_uncached(
     options: Options, run: Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> object:
     """The module on these arguments, prepared if that is asked for."""
+    return _prepared(options, run, args, kwargs)()
+
+
+def _prepared(
+    options: Options, run: Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Callable[[], object]:
+    """The run that is left when ``prepare`` is done: what it gave is positional, keywords, or one argument."""
     if options.prepare is None:
-        return run(*args, **kwargs)
+        return partial(run, *args, **kwargs)
     prepared = options.prepare(*args, **kwargs)
     if isinstance(prepared, tuple) and not hasattr(prepared, "_fields"):
-        return run(*prepared)
+        return partial(run, *prepared)
     if isinstance(prepared, Mapping):
-        return run(**prepared)
-    return run(prepared)
+        return partial(run, **prepared)
+    return partial(run, prepared)
 
 
 def compute(job: Job, places: list[int], *, check: bool) -> Computed:
@@ -146,24 +155,23 @@ def _fitted(batch: Batch, tokens: TokenRows | None, width: int) -> Batch:
 
 def _run(job: Job, places: list[int], width: int) -> _Run:
     """Run the module on some rows; on the very arguments of the call if these are all its rows in order."""
-    options, arguments = job.memo.options, job.arguments
+    arguments = job.arguments
     batch = _fitted(job.batch, job.keyed.tokens, width)
     whole = batch is job.batch and places == list(range(batch.size))
     taken = arguments if whole else arguments.taken(batch, places)
     before = _versions(taken)
-    ran = False
-
-    def watched(*args: Any, **kwargs: Any) -> object:
-        nonlocal ran
-        ran = True
-        return job.host.run(*args, **kwargs)
-
     try:
-        output = run_uncached(options, watched, taken.args, taken.kwargs)
+        ready = _prepared(job.memo.options, job.host.run, taken.args, taken.kwargs)
+    except Exception as error:
+        if whole:
+            raise
+        _only_whole_batches(job, error, "prepare")  # reading a file may fail once, and says nothing of rows
+    try:
+        output = ready() if whole else _apart(ready)
     except Exception as error:
         if whole or _is_out_of_memory(error):
             raise
-        _only_whole_batches(job, error, "it" if ran else "its prepare")
+        _only_whole_batches(job, error, "forward")
     if before != _versions(taken):
         job.memo.block(job.form, "writes into its input")
         raise Bypass(
@@ -175,9 +183,7 @@ def _run(job: Job, places: list[int], width: int) -> _Run:
 
 
 def _versions(arguments: Arguments) -> list[int]:
-    return [
-        value._version for _, value in arguments.bound() if isinstance(value, torch.Tensor) and not value.is_inference()
-    ]
+    return [tensor._version for tensor in tensors_in(dict(arguments.bound())) if not tensor.is_inference()]
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -185,12 +191,12 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _only_whole_batches(job: Job, error: Exception, culprit: str) -> NoReturn:
-    """The module failed on a part of the batch: does it on the whole? Then it is no matter of rows."""
+    """Something failed on a part of the batch: does it on the whole? Then it is no matter of rows."""
     arguments = job.arguments
     output = run_uncached(job.memo.options, job.host.run, arguments.args, arguments.kwargs)
     reason = "fails on some of its rows"
-    what = f"{culprit} raised {type(error).__name__} on some of its rows ({error}), but not on the whole batch"
-    if culprit != "it":  # reading a file may fail once
+    what = f"its {culprit} raised {type(error).__name__} on some of its rows ({error}), but not on the whole batch"
+    if culprit == "prepare":
         raise Bypass(reason, f"{what}; that call ran uncached.", output) from None
     job.memo.block(job.form, reason)
     raise Bypass(
@@ -198,6 +204,12 @@ def _only_whole_batches(job: Job, error: Exception, culprit: str) -> NoReturn:
         f"{what}; it runs uncached from now on. If an argument is the same for all rows, name it in broadcast=.",
         output,
     ) from None
+
+
+def _apart(ready: Callable[[], object]) -> object:
+    """Run on a part of the batch, where keys that were given for the whole batch fit nothing inside."""
+    with without_given_keys():
+        return ready()
 
 
 def _rows(job: Job, run: _Run) -> Rows:
@@ -255,8 +267,12 @@ def _self_check(job: Job, places: list[int], rows: Rows, run: _Run, width: int) 
     tokens = job.keyed.tokens
     chosen, other_width = _choice(job, places, rows, width)
     try:
+        ready = _ready_again(job, chosen, other_width)
+    except Exception:  # of prepare: another batch may tell more
+        return None
+    try:
         with preserved_randomness():
-            again = _run_again(job, chosen, other_width)
+            again = _apart(ready)
             job.host.settle()
     except Exception as error:
         if _is_out_of_memory(error) or other_width > width:
@@ -295,11 +311,11 @@ def _choice(job: Job, places: list[int], rows: Rows, width: int) -> tuple[list[i
     return rows_to_check(places, sizes) or places, width + 1
 
 
-def _run_again(job: Job, chosen: list[int], width: int) -> object:
+def _ready_again(job: Job, chosen: list[int], width: int) -> Callable[[], object]:
     batch = _fitted(job.batch, job.keyed.tokens, width)
     whole = batch is job.batch and not job.memo.options.per_row
     taken = job.arguments if whole else job.arguments.taken(batch, chosen)
-    return run_uncached(job.memo.options, job.host.run, taken.args, taken.kwargs)
+    return _prepared(job.memo.options, job.host.run, taken.args, taken.kwargs)
 
 
 def _comparable(

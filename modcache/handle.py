@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from torch import nn
@@ -16,16 +17,20 @@ from .stores import Store
 __all__ = ["Cache", "HookHandle"]
 
 
+_numbers = itertools.count()
+
+
 class HookHandle:
     """Takes a hook away again: ``handle.remove()``."""
 
     def __init__(self, hooks: dict[int, CallHook], hook: CallHook) -> None:
         self._hooks = hooks
-        hooks[id(self)] = hook
+        self._number = next(_numbers)
+        hooks[self._number] = hook
 
     def remove(self) -> None:
         """Stop calling the hook."""
-        self._hooks.pop(id(self), None)
+        self._hooks.pop(self._number, None)
 
 
 class Cache:
@@ -73,7 +78,8 @@ class Cache:
     def contains(self, *args: Any, **kwargs: Any) -> list[bool]:
         """Whether each row of a call is stored; the module is not run.
 
-        A call that would be bypassed has no stored rows.
+        A call that would be bypassed has no stored rows. (Rows that were stored one by one are computed once more with
+        their first batch; see ``explain``.)
         """
         try:
             self._attached.refuse(self._module)

@@ -8,7 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from .explain import Memory
 from .keys import Extractor
@@ -24,6 +24,8 @@ __all__ = ["Bypass", "Memo", "Options", "TokenDims"]
 _NOTHING = object()
 
 TokenDims = tuple[tuple[int, ...], ...]
+
+Known = TypeVar("Known")
 
 
 class Bypass(Exception):  # noqa: N818 - it is no error, and never leaves the package
@@ -67,6 +69,11 @@ def _passed_in(store: Store) -> dict[tuple[str, Form], TokenDims]:
         return _shared.setdefault(store, {})
     except TypeError:  # a store of the user's that has no hash or no weak reference
         return {}
+
+
+def _rename(known: dict[tuple[str, Form], Known], old: str, new: str) -> None:
+    for key in [key for key in known if key[0] == old]:
+        known[new, key[1]] = known.pop(key)
 
 
 class Memo:
@@ -170,6 +177,20 @@ class Memo:
             self.store.delete(namespace, keys)
         except Exception as error:
             self._store_failed("deleting", error)
+
+    def rename(self, old: str, new: str) -> None:
+        """The rows of a namespace, and all that is known of them, belong to another name from now on."""
+        with self._lock:
+            _rename(self._passed, old, new)
+            _rename(self._unchecked, old, new)
+            self._latest = deque(
+                ((turn, new if name == old else name, keys) for turn, name, keys in self._latest), self._latest.maxlen
+            )
+        rename = getattr(self.store, "rename", None)
+        if rename is None:
+            self.delete(old)
+        else:
+            rename(old, new)
 
     def _store_failed(self, doing: str, error: Exception) -> None:
         self.say(

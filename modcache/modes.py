@@ -15,7 +15,7 @@ from .errors import UsageError, UsageTypeError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["MODES", "GivenKeys", "current_mode", "given_keys", "keys_for", "mode"]
+__all__ = ["MODES", "GivenKeys", "current_mode", "given_keys", "keys_for", "mode", "without_given_keys"]
 
 MODES = ("read-write", "read-only", "refresh", "require-hit", "off")
 
@@ -97,6 +97,16 @@ _given: contextvars.ContextVar[GivenKeys | None] = contextvars.ContextVar("modca
 def given_keys() -> GivenKeys | None:
     """What `keys_for` gave to the running block, if anything."""
     return _given.get()
+
+
+@contextlib.contextmanager
+def without_given_keys() -> Iterator[None]:
+    """Take no notice of `keys_for` inside: what runs there is not the batch that the keys are for."""
+    token = _given.set(None)
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 @contextlib.contextmanager

@@ -197,9 +197,14 @@ def _check_names(function: Callable[..., Any], requested: Requested) -> None:
 def _wrap_instance(module: nn.Module, requested: Requested) -> nn.Module:
     cls = type(module)
     _check_names(module.forward, requested)
-    inside = module.__dict__.pop("forward", None)  # compiled or hooked by accelerate: it goes inside
+    inside = module.__dict__.get("forward")  # compiled or hooked by accelerate: it goes inside
     attached = Attached(cls.__name__, requested, inside)
-    module.__class__ = cached_class(cls)
+    try:
+        made = cached_class(cls)
+    except TypeError as error:  # an __init_subclass__ with arguments, a final class
+        raise UsageTypeError(f"cached_module(...) cannot derive from {cls.__name__}: {error}") from None
+    module.__dict__.pop("forward", None)
+    module.__class__ = made
     module.__dict__[ATTACHED] = attached
     _ready(module, attached)
     return module
