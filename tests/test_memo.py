@@ -115,10 +115,9 @@ class Unhashable:
     __hash__ = None
 
     def __init__(self):
-        self.inner = MemoryStore()
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
+        inner = MemoryStore()
+        for name in ("get", "put", "delete", "row_keys", "namespaces", "stats", "flush", "close"):
+            setattr(self, name, getattr(inner, name))
 
 
 @pytest.mark.parametrize(("method", "doing"), [("get", "reading"), ("put", "writing")])
