@@ -20,7 +20,7 @@ import xxhash
 
 from .tensors import NoContentError, memory_of, settled
 
-__all__ = ["KEY_SCHEME", "digest", "encode", "frame", "hasher", "seed_of", "tensor_digest"]
+__all__ = ["KEY_SCHEME", "PLAIN_TYPES", "digest", "encode", "frame", "hasher", "seed_of", "tensor_digest"]
 
 KEY_SCHEME = 1
 """Number of the encoding; it is part of every namespace, so that a new scheme never reads old keys."""
@@ -95,6 +95,8 @@ _PLAIN: dict[type, Callable[..., bytes]] = {
     torch.layout: lambda value: frame(b"layout", str(value).encode()),
 }
 
+PLAIN_TYPES = frozenset(_PLAIN)
+"""Types whose objects are always encoded by value; `encode` asks ``more`` for none of them."""
 
 _EXACT: dict[type, Callable[..., object]] = {
     int: int.__index__,

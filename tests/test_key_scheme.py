@@ -196,6 +196,18 @@ def test_paths(tmp_path):
         assert keys_stored(module, names) == [hash_of(item, seed_of((("x", "path", check, "list", False),)))]
 
 
+def test_paths_inside_rows_and_shared(module, tmp_path):
+    """A path inside a row, and one that all rows share, is the item of the content of its file."""
+    file = tmp_path / "a.bin"
+    file.write_bytes(b"content")
+    item = frame("file content", hash_of(b"content"))
+    seed = seed_of((("x", "objects", "list", False),))
+    assert keys_stored(module, [(file, 1)]) == [hash_of(frame("(", item + encode(1)), seed)]
+    cache_of(module).clear()
+    common = frame("rows", encode(1) + encode((("x", "text", "list", False),)) + encode(())) + encode("y") + item
+    assert keys_stored(module, ["a"], file) == [hash_of(b"a", xxhash.xxh3_64(common).intdigest())]
+
+
 def path_of(check):
     from modcache.keys import path
 

@@ -336,7 +336,7 @@ WRONG_ANSWERS = {
     "a list": (lambda row: [1], "returned a builtins.list"),
     "a dict": (lambda row: {}, "returned a builtins.dict"),
     "an object": (lambda row: types.SimpleNamespace(), "returned a types.SimpleNamespace"),
-    "an error": (lambda row: row["id"], "raised IndexError on row 0"),
+    "an error": (lambda row: row["id"], "on row 0, raised IndexError"),
 }
 
 
@@ -399,3 +399,26 @@ def test_a_bare_text_is_cached_as_one_row():
     for _ in range(2):
         assert torch.equal(module("abc"), torch.full((1, 2), 3.0))
     assert module.calls == 1
+
+
+REPRS = {
+    "keys.text()": keys.text,
+    "keys.path()": keys.path,
+    "keys.path('stat')": lambda: keys.path("stat"),
+    "keys.tensor()": keys.tensor,
+    "keys.tokens()": keys.tokens,
+    "keys.custom(<built-in function len>)": lambda: keys.custom(len),
+    "keys.Extractor()": Extractor,
+}
+
+
+@pytest.mark.parametrize("said", REPRS)
+def test_an_extractor_prints_as_it_is_made(said):
+    """The repr of an extractor is the call that makes it."""
+    assert repr(REPRS[said]()) == said
+
+
+def test_only_the_public_names_are_exported():
+    """`modcache.keys` offers what a user asks for; what the library uses of it stays out of `__all__`."""
+    public = ["Extractor", "custom", "path", "register_key_extractor", "tensor", "text", "tokens"]
+    assert keys.__all__ == public

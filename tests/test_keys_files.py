@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from modcache import cache_of, cached_module, keys
+from modcache import CacheWarning, cache_of, cached_module, keys
 from modcache.keys import files
 from modcache.keys.files import CHECKS, path_key
 
@@ -203,3 +203,50 @@ def test_a_cached_module_on_paths(tmp_path, key):
     assert cache_of(module).stats.computed == 4
     with pytest.raises(FileNotFoundError):
         module([*paths, str(tmp_path / "missing")])
+
+
+class Contents(nn.Module):
+    """The length and first byte of the file of each row, which a change of the file changes."""
+
+    def forward(self, rows, other=None):
+        paths = [row["p"] if isinstance(row, dict) else other for row in rows]
+        held = [path.read_bytes() if path.is_file() else b"-" for path in paths]
+        return torch.tensor([[float(len(content)), float(content[0])] for content in held])
+
+
+FORMS_OF_PATHS = {
+    "in a mapping": lambda file: ([{"p": file, "i": 1}, {"p": file, "i": 2}],),
+    "shared": lambda file: (torch.eye(2), file),
+    "shared, keys given": lambda file: (torch.eye(2), file),
+}
+
+
+@pytest.mark.parametrize("form", FORMS_OF_PATHS)
+@pytest.mark.parametrize("per_row", [True, False])
+def test_an_edited_file_is_never_served_stale(form, per_row, tmp_path):
+    """A path inside a row, or one that all rows share, counts by the content of its file."""
+    file = tmp_path / "a"
+    plain, cached = Contents(), cached_module(Contents(), freeze=True, per_row=per_row)
+    given = {"cache_keys": [1, 2] if per_row else [1]} if "given" in form else {}
+    for content in (b"first", b"second, longer", b"first"):
+        file.write_bytes(content)
+        args = FORMS_OF_PATHS[form](file)
+        assert torch.equal(cached(*args, **given), plain(*args))
+    assert cache_of(cached).stats.bypassed == 0
+    assert cache_of(cached).stats.hits == (2 if per_row else 1)
+
+
+@pytest.mark.parametrize("form", FORMS_OF_PATHS)
+def test_a_missing_file_inside_a_row(form, tmp_path):
+    """A file that is not there raises what opening it would, wherever its path stands."""
+    args = FORMS_OF_PATHS[form](tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="gone"):
+        cached_module(Contents(), freeze=True)(*args)
+
+
+def test_a_directory_as_a_shared_argument(tmp_path):
+    """A directory has no content, so such a call runs uncached, and says so."""
+    cached = cached_module(Contents(), freeze=True)
+    with pytest.warns(CacheWarning, match="is a directory, which has no content"):
+        cached(torch.zeros(2, 1), tmp_path)
+    assert cache_of(cached).stats.reasons == {"no key": 2}

@@ -1,6 +1,7 @@
 """Types get keys by registered functions; the most specific class wins, and its code is part of the key."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -206,3 +207,38 @@ def test_custom_functions_see_registered_objects():
     bound = [("x", [Clip(b"a"), Clip(b"b")])]
     batch = split(bound, frozenset(), is_row)
     assert len(set(keys.custom(lambda clip: clip.rate)(bound, batch).keys)) == 1
+
+
+@pytest.mark.parametrize("cls", [str, int, bytes, float, bool, type(None), complex, torch.Tensor, nn.Parameter])
+def test_types_that_are_always_keyed_by_value(cls):
+    """A function for a type whose keys never ask for one is refused, with what to do instead."""
+    with pytest.raises(UsageTypeError, match=f"{cls.__name__} is always keyed by value. .* key= to cached_module"):
+        register_key_extractor(cls)
+
+
+def test_a_registered_function_that_raises():
+    """An error of a registered function is a KeyExtractionError from it, as it is for `custom`."""
+    register_key_extractor(Clip)(lambda clip: clip.nothing)
+    module = cached_module(Lengths(), freeze=True)
+    with pytest.raises(KeyExtractionError, match=r"the key function for .*Clip raised AttributeError: ") as found:
+        module([Clip(b"a"), Clip(b"b")])
+    assert isinstance(found.value.__cause__, AttributeError)
+
+
+def test_registering_while_another_thread_looks_up(monkeypatch):
+    """What a thread found before a registration is not remembered after it."""
+    threads = []
+
+    class Slow(dict):
+        def get(self, cls):
+            found = super().get(cls)
+            if cls is Clip and not threads:
+                threads.append(threading.Thread(target=register_key_extractor(Clip), args=(lambda clip: "late",)))
+                threads[0].start()
+                threads[0].join(0.2)
+            return found
+
+    monkeypatch.setattr(registry, "_by_type", Slow())
+    assert not has_extractor(Clip)
+    threads[0].join()
+    assert has_extractor(Clip)

@@ -345,3 +345,12 @@ def test_keys_of_rows_are_their_bytes():
     assert token_keys(batch, find_tokens(batch), 5) == token_keys(
         batch_of(*padded([[1, 2], [3]], 9)), find_tokens(batch_of(*padded([[1, 2], [3]], 9))), 5
     )
+
+
+@pytest.mark.parametrize(("name", "there"), [("input_ids", True), ("decoder_input_ids", False), ("x_input_ids", False)])
+@pytest.mark.parametrize("inside", [False, True])
+def test_reading_is_by_the_whole_name(name, there, inside):
+    """`decoder_input_ids` is not `input_ids`, alone as in a mapping."""
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    bound = [("batch", {name: ids})] if inside else [(name, ids)]
+    assert tokens_extractor().reads(split(bound, frozenset(), is_row)) is there

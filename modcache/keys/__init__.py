@@ -13,27 +13,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..batch import Batch, Bound, Column, row
-from ..errors import KeyExtractionError, UsageError, UsageTypeError
+from ..errors import UsageError, UsageTypeError
 from .files import CHECKS
 from .given import given_keys, given_metas
 from .parts import Digested, Meta, Part, frame_seed, part_of, paths_part, row_keys
-from .registry import checked_key, register_key_extractor
-from .tokens import TokenRows, find_tokens, token_keys, token_metas
+from .registry import key_from, register_key_extractor
+from .tokens import TokenRows, find_tokens, name_of, token_keys, token_metas
 
-__all__ = [
-    "Extractor",
-    "Given",
-    "Keyed",
-    "custom",
-    "extractor_of",
-    "given_keyed",
-    "given_keyed_as",
-    "path",
-    "register_key_extractor",
-    "tensor",
-    "text",
-    "tokens",
-]
+__all__ = ["Extractor", "custom", "path", "register_key_extractor", "tensor", "text", "tokens"]
 
 
 class Given(NamedTuple):
@@ -77,6 +64,9 @@ class Extractor:
     Every argument that it does not read stays in the key, by its type.
     """
 
+    def __repr__(self) -> str:
+        return "keys.Extractor()"
+
     @property
     def name(self) -> str:
         """How it is called in a manifest."""
@@ -110,6 +100,9 @@ class Extractor:
 
 @dataclass(frozen=True, slots=True)
 class _Text(Extractor):
+    def __repr__(self) -> str:
+        return "keys.text()"
+
     @property
     def name(self) -> str:
         return "text"
@@ -120,6 +113,9 @@ class _Text(Extractor):
 
 @dataclass(frozen=True, slots=True)
 class _Tensor(Extractor):
+    def __repr__(self) -> str:
+        return "keys.tensor()"
+
     @property
     def name(self) -> str:
         return "tensor"
@@ -131,6 +127,9 @@ class _Tensor(Extractor):
 @dataclass(frozen=True, slots=True)
 class _Path(Extractor):
     check: str = "content"
+
+    def __repr__(self) -> str:
+        return "keys.path()" if self.check == "content" else f"keys.path({self.check!r})"
 
     @property
     def name(self) -> str:
@@ -147,12 +146,15 @@ class _Path(Extractor):
 
 @dataclass(frozen=True, slots=True)
 class _Tokens(Extractor):
+    def __repr__(self) -> str:
+        return "keys.tokens()"
+
     @property
     def name(self) -> str:
         return "tokens"
 
     def reads(self, batch: Batch) -> bool:
-        return any(column.path.rstrip("]'").endswith("input_ids") for column in batch.columns)
+        return any(name_of(column.path) == "input_ids" for column in batch.columns)
 
     def __call__(self, bound: Bound, batch: Batch) -> Keyed:
         found = find_tokens(batch)
@@ -169,6 +171,9 @@ class _Tokens(Extractor):
 class _Custom(Extractor):
     of_row: Callable[[Any], object]
 
+    def __repr__(self) -> str:
+        return f"keys.custom({self.of_row!r})"
+
     @property
     def name(self) -> str:
         named = getattr(self.of_row, "__qualname__", type(self.of_row).__qualname__)
@@ -179,20 +184,14 @@ class _Custom(Extractor):
         return self.of_row
 
     def __call__(self, bound: Bound, batch: Batch) -> Keyed:
-        found = [self._key(row(bound, batch, place), place) for place in range(batch.size)]
+        found = [
+            key_from(self.of_row, row(bound, batch, place), f"the key function, on row {place},")
+            for place in range(batch.size)
+        ]
         metas = (("custom",), *given_metas(batch, 0)[1:])
         seed = frame_seed(metas, batch)
         part = Digested(("key", "custom"), found, _same)
         return Keyed(part.digests(seed), seed, metas, (part,))
-
-    def _key(self, value: object, place: int) -> bytes:
-        try:
-            found = self.of_row(value)
-        except Exception as error:
-            raise KeyExtractionError(
-                f"the key function raised {type(error).__name__} on row {place}: {error}"
-            ) from error
-        return checked_key(found, f"the key function, on row {place},")
 
 
 def _same(value: bytes) -> bytes:

@@ -242,5 +242,20 @@ def row_keys(parts: Sequence[Part], seed: int) -> list[bytes]:
 
 
 def shared_digests(batch: Batch) -> tuple[tuple[str, bytes], ...]:
-    """Path and digest of each argument that all rows share."""
-    return tuple((path, digest(_shared_bytes(path, value))) for path, value in batch.shared)
+    """Path and digest of each argument that all rows share, to be compared in an explanation.
+
+    It is asked after the forward, so no file is read and no registered function asked: these count by their class.
+    """
+    return tuple((path, _said(value)) for path, value in batch.shared)
+
+
+def _said(value: object) -> bytes:
+    try:
+        return digest(encode(value, _class_of))
+    except Exception:  # what it was when its key was made is gone
+        return b""
+
+
+def _class_of(value: object) -> bytes | None:
+    cls = type(value)
+    return frame(b"class", encode(f"{cls.__module__}.{cls.__qualname__}")) if has_extractor(cls) else None

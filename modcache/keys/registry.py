@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..digest import digest, encode, frame
+import torch
+
+from ..digest import PLAIN_TYPES, digest, encode, frame
 from ..errors import KeyExtractionError, UsageTypeError
 from ..fingerprint import callable_digest
+from ..tensors import NoContentError
+from .files import path_key
 
-__all__ = ["checked_key", "encode_registered", "has_extractor", "is_row", "register_key_extractor"]
+__all__ = ["encode_registered", "has_extractor", "is_row", "key_from", "register_key_extractor"]
 
 Function = TypeVar("Function", bound=Callable[[Any], object])
 
 _by_type: dict[type, tuple[Callable[[Any], object], bytes]] = {}
 _by_name: dict[str, tuple[Callable[[Any], object], bytes]] = {}
 _resolved: dict[type, tuple[Callable[[Any], object], bytes] | None] = {}
+_lock = threading.Lock()  # what was looked up before a registration is not written down after it
+
+_BY_VALUE = PLAIN_TYPES | {torch.Tensor, torch.nn.Parameter}
+"""Types whose keys are made without asking the registry; their subclasses may be registered."""
 
 
 def register_key_extractor(cls: type) -> Callable[[Function], Function]:
@@ -42,14 +51,21 @@ def register_key_extractor(cls: type) -> Callable[[Function], Function]:
         The decorator. The function must return a bool, int, float, str, bytes, None or a tuple of these.
 
     Raises:
-        UsageTypeError: ``cls`` is no class (a ``TypeError``).
+        UsageTypeError: ``cls`` is no class, or one whose objects are always keyed by value (a ``TypeError``).
     """
     if not isinstance(cls, type):
         raise UsageTypeError(f"register_key_extractor(...) takes a class; found {cls!r}")
+    if cls in _BY_VALUE:
+        raise UsageTypeError(
+            f"register_key_extractor(...) takes a class of your own; {cls.__qualname__} is always keyed by value. "
+            "For rows of it, give a function of a row as key= to cached_module."
+        )
 
     def register(function: Function) -> Function:
-        _by_type[cls] = function, callable_digest(function)[0]
-        _resolved.clear()
+        code = callable_digest(function)[0]
+        with _lock:
+            _by_type[cls] = function, code
+            _resolved.clear()
         return function
 
     return register
@@ -60,13 +76,14 @@ def _find(cls: type) -> tuple[Callable[[Any], object], bytes] | None:
         return _resolved[cls]
     except KeyError:
         pass
-    found = None
-    for base in cls.__mro__:
-        found = _by_type.get(base) or _by_name.get(f"{base.__module__}.{base.__qualname__}")
-        if found is not None:
-            break
-    _resolved[cls] = found
-    return found
+    with _lock:
+        found = None
+        for base in cls.__mro__:
+            found = _by_type.get(base) or _by_name.get(f"{base.__module__}.{base.__qualname__}")
+            if found is not None:
+                break
+        _resolved[cls] = found
+        return found
 
 
 def has_extractor(cls: type) -> bool:
@@ -81,19 +98,45 @@ def is_row(value: object) -> bool:
 
 
 def encode_registered(value: object) -> bytes | None:
-    """The framed key of an object of a registered type, or ``None`` if its type is not registered."""
+    """The framed key of an object of a registered type or of a path, or ``None`` for anything else.
+
+    Raises:
+        KeyExtractionError: its function raised, or gave something that cannot be a key.
+        NoContentError: it is the path of a directory.
+        OSError: what opening the file would raise (`FileNotFoundError`, ...).
+    """
     found = _find(type(value))
     if found is None:
-        return None
+        return _path_key(value) if isinstance(value, os.PathLike) else None
     function, code = found
     name = f"{type(value).__module__}.{type(value).__qualname__}"
-    return frame(b"registered", encode(name) + code + checked_key(function(value), f"the key function for {name}"))
+    return frame(b"registered", encode(name) + code + key_from(function, value, f"the key function for {name}"))
+
+
+def _path_key(path: os.PathLike[str]) -> bytes:
+    try:
+        return path_key(path, "content")
+    except IsADirectoryError:
+        raise NoContentError(f"{os.fspath(path)!r} is a directory, which has no content to make a key of") from None
 
 
 _ATOMS = (bool, int, float, str, bytes, type(None))
 
 
-def checked_key(value: object, source: str) -> bytes:
+def key_from(function: Callable[[Any], object], value: object, source: str) -> bytes:
+    """The framed bytes of what a key function says of an object.
+
+    Raises:
+        KeyExtractionError: it raised, or gave something that cannot be a key.
+    """
+    try:
+        found = function(value)
+    except Exception as error:
+        raise KeyExtractionError(f"{source} raised {type(error).__name__}: {error}") from error
+    return _checked(found, source)
+
+
+def _checked(value: object, source: str) -> bytes:
     """The framed bytes of what a key function returned.
 
     Raises:
@@ -105,7 +148,7 @@ def checked_key(value: object, source: str) -> bytes:
     if cls in _ATOMS:
         return encode(value)
     if cls is tuple:
-        return frame(b"(", b"".join(checked_key(item, source) for item in value))  # type: ignore[attr-defined]
+        return frame(b"(", b"".join(_checked(item, source) for item in value))  # type: ignore[attr-defined]
     raise KeyExtractionError(
         f"{source} returned a {cls.__module__}.{cls.__qualname__}; a key is a bool, int, float, str, bytes, None or a "
         "tuple of these (of a tensor, return e.g. int(x) or x.numpy().tobytes())"

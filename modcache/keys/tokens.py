@@ -23,6 +23,7 @@ __all__ = [
     "TokenRows",
     "find_tokens",
     "fit_tokens",
+    "name_of",
     "pad_rows",
     "token_dims",
     "token_keys",
@@ -66,13 +67,14 @@ def find_tokens(batch: Batch) -> TokenRows | None:
 
 def _named(batch: Batch, name: str) -> Column | None:
     for column in batch.columns:
-        if _tail(column.path) == name and isinstance(column.value, torch.Tensor) and is_readable(column.value):
+        if name_of(column.path) == name and isinstance(column.value, torch.Tensor) and is_readable(column.value):
             return column
     return None
 
 
 @functools.lru_cache(maxsize=1024)
-def _tail(path: str) -> str:
+def name_of(path: str) -> str:
+    """The name of an argument or of the item of one, without where it lies."""
     return re.split(r"\.|\['", path)[-1].rstrip("]'")
 
 
@@ -100,7 +102,7 @@ def _is_per_token(column: Column, lengths: np.ndarray, width: int) -> bool:
     value = column.value
     if not isinstance(value, torch.Tensor) or not is_readable(value) or value.dim() < 2 or value.shape[1] != width:
         return False
-    if _tail(column.path) in _PER_TOKEN:
+    if name_of(column.path) in _PER_TOKEN:
         return True
     held = settled(value).contiguous()
     if not held.numel():
