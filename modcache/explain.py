@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .keys import Keyed
+from .keys.parts import Part, Texts, Values
 
 __all__ = ["Explanation", "Memory", "differing_parts"]
 
@@ -33,34 +35,50 @@ class Explanation:
         return f"row {self.row}: {'hit' if self.hit else 'miss'}, {self.reason}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What is remembered of a stored row."""
+class _Known(NamedTuple):
+    """What is known of one row; the digest of a part that was not looked at is ``None``."""
 
     namespace: str
     metas: tuple[tuple[object, ...], ...]
     shared: tuple[tuple[str, bytes], ...]
-    digests: tuple[bytes, ...]
+    digests: tuple[bytes | None, ...]
+
+
+class _Call(NamedTuple):
+    """What is remembered of the rows that one call computed."""
+
+    namespace: str
+    metas: tuple[tuple[object, ...], ...]
+    shared: tuple[tuple[str, bytes], ...]
+    keys: Sequence[bytes]
+    digests: Sequence[Sequence[bytes] | None]
+
+    def rows(self) -> Iterator[tuple[bytes, _Known]]:
+        """Its rows by their keys."""
+        for place, key in enumerate(self.keys):
+            own = tuple(None if column is None else column[place] for column in self.digests)
+            yield key, _Known(self.namespace, self.metas, self.shared, own)
 
 
 class Memory:
-    """Remembers what the keys of the latest computed rows were made of."""
+    """Remembers what the keys of the latest computed rows were made of: a few lists for each call."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: OrderedDict[bytes, _Known] = OrderedDict()
+        self._calls: deque[_Call] = deque()
+        self._rows = 0
 
     def remember(
         self, namespace: str, keyed: Keyed, shared: tuple[tuple[str, bytes], ...], places: Sequence[int]
     ) -> None:
-        """Remember rows that were computed."""
-        digests = _part_digests(keyed)
+        """Remember rows that were computed; nothing is read again but plain values and texts, and nothing raises."""
+        kept = places[-_REMEMBERED_ROWS:]
+        keys, *digests = (_taken(column, kept) for column in (keyed.keys, *_part_digests(keyed)))
         with self._lock:
-            for place in places[-_REMEMBERED_ROWS:]:
-                own = tuple(column[place] for column in digests)
-                self._known[keyed.keys[place]] = _Known(namespace, keyed.metas, shared, own)
-            while len(self._known) > _REMEMBERED_ROWS:
-                self._known.popitem(last=False)
+            self._calls.append(_Call(namespace, keyed.metas, shared, keys or (), digests))
+            self._rows += len(kept)
+            while self._rows > _REMEMBERED_ROWS:
+                self._rows -= len(self._calls.popleft().keys)
 
     def explain(
         self,
@@ -71,26 +89,41 @@ class Memory:
         namespaces: Mapping[str, Mapping[str, bytes]],
     ) -> list[Explanation]:
         """One explanation per row of a call."""
-        digests = _part_digests(keyed)
         with self._lock:
-            known = dict(self._known)
-        answers = []
-        for place, key in enumerate(keyed.keys):
-            if found[place]:
-                answers.append(Explanation(place, True, "stored in this namespace"))
-                continue
-            own = _Known(namespace, keyed.metas, shared, tuple(column[place] for column in digests))
-            answers.append(Explanation(place, False, _why(key, own, known, namespaces)))
-        return answers
+            calls = tuple(self._calls)
+        known = dict(row for call in calls for row in call.rows())
+        asked = _Call(namespace, keyed.metas, shared, keyed.keys, _part_digests(keyed))
+        return [
+            Explanation(place, True, "stored in this namespace")
+            if found[place]
+            else Explanation(place, False, _why(key, own, known, namespaces))
+            for place, (key, own) in enumerate(asked.rows())
+        ]
 
 
-def _part_digests(keyed: Keyed) -> list[list[bytes]]:
+def _taken(column: list[bytes] | None, places: Sequence[int]) -> list[bytes] | None:
+    if column is None or len(places) == len(column):  # places are distinct and in order
+        return column
+    return [column[place] for place in places]
+
+
+def _part_digests(keyed: Keyed) -> list[list[bytes] | None]:
+    """The digests of each part of the rows; ``None`` for one that is large, or that takes a file or a function."""
     if len(keyed.parts) == 1 or len(keyed.keys) == 0:
         return [keyed.keys]
-    sizes = sum(getattr(getattr(part, "tensor", None), "nbytes", 0) for part in keyed.parts)
+    sizes = sum(part.tensor.nbytes for part in keyed.parts if isinstance(part, Values))
     if sizes > _REMEMBERED_BYTES:
-        return [keyed.keys]
-    return [part.digests(0) for part in keyed.parts]
+        return [None] * len(keyed.parts)
+    return [_plain_digests(part) for part in keyed.parts]
+
+
+def _plain_digests(part: Part) -> list[bytes] | None:
+    if not isinstance(part, Texts) and not (isinstance(part, Values) and part.tensor.device.type == "cpu"):
+        return None
+    try:
+        return part.digests(0)
+    except Exception:  # the forward freed it; an explanation is not worth an error in the user's loop
+        return None
 
 
 def _why(key: bytes, own: _Known, known: Mapping[bytes, _Known], namespaces: Mapping[str, Mapping[str, bytes]]) -> str:
@@ -116,7 +149,7 @@ def _agreement(own: _Known, other: _Known) -> tuple[int, int, int]:
     return (
         sum(a == b for a, b in zip(own.metas, other.metas, strict=False)),
         len(set(own.shared) & set(other.shared)),
-        sum(a == b for a, b in zip(own.digests, other.digests, strict=False)),
+        sum(a is not None and a == b for a, b in zip(own.digests, other.digests, strict=False)),
     )
 
 
@@ -131,10 +164,13 @@ def _differences(own: _Known, other: _Known) -> str:
         names += [path for path in before if path not in dict(own.shared)]
         return f"an argument that all rows share differs from the nearest stored row: {', '.join(names)}"
     paths = [str(meta[0]) for meta in own.metas]
-    if len(own.digests) == len(other.digests) == len(paths):  # a large row was not digested part by part
-        names = [path for path, a, b in zip(paths, own.digests, other.digests, strict=True) if a != b]
-        return f"not seen before; differs from the nearest stored row in {', '.join(names) or 'its containers'}"
-    return "not seen before"
+    if not len(own.digests) == len(other.digests) == len(paths):
+        return "not seen before"
+    pairs = list(zip(paths, own.digests, other.digests, strict=True))
+    names = [path for path, a, b in pairs if a is not None and b is not None and a != b]
+    if not names and None in (*own.digests, *other.digests):  # it may be that, and it was not looked at
+        return "not seen before"
+    return f"not seen before; differs from the nearest stored row in {', '.join(names) or 'its containers'}"
 
 
 def _form(metas: Sequence[tuple[object, ...]]) -> str:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from modcache import CacheMissError, cache_of, cached_module, mode
+from modcache import CacheMissError, cache_of, cached_module, mode, register_key_extractor
 from modcache import explain as module
 from modcache.explain import Explanation, Memory, differing_parts
+from modcache.keys import registry
 
 from .models import Scaled, TokenEncoder, encoder
 
@@ -162,7 +163,7 @@ def test_memory_is_bounded(monkeypatch):
     cache_of(cached).clear()
     gone = "it was stored and is no longer held (evicted, cleared, or refused by a full store)"
     assert [reason == gone for reason in reasons(cached, X)] == [False, False, True, True]
-    assert len(Memory()._known) == 0
+    assert len(Memory()._calls) == 0
 
 
 def test_differing_parts():
@@ -182,3 +183,66 @@ def test_a_missing_row_says_how_to_ask():
     ):
         cached(X)
     assert Explanation(1, False, "x").row == 1
+
+
+class Consuming(torch.nn.Module):
+    """Reads each file once, and takes it away."""
+
+    def forward(self, rows, x, table=None):
+        for path in [*rows, *([] if table is None else [table])]:
+            path.unlink(missing_ok=True)
+        return 2 * x
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_file_that_the_forward_consumes(shared, tmp_path):
+    """What was computed reaches the loop, although the files of the rows are gone by then."""
+    files = [tmp_path / str(number) for number in range(5)]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    cached = cached_module(Consuming(), freeze=True)
+    args = (files[:1], X[:1], files[4]) if shared else (files[:1], X[:1])
+    assert torch.equal(cached(*args), 2 * X[:1])
+    assert cache_of(cached).store.stats().rows == 1
+
+
+class Noted:
+    """An object with a key that counts how often it was asked for."""
+
+    def __init__(self, number):
+        self.number, self.asked = number, 0
+
+
+class Ignoring(torch.nn.Module):
+    """Twice its first argument."""
+
+    def forward(self, x, rows, shared):
+        return 2 * x
+
+
+def noted_key(noted):
+    noted.asked += 1
+    return noted.number
+
+
+def test_registered_functions_are_asked_once(monkeypatch):
+    """A miss asks for the key of an object once, among several arguments as alone; explaining still works."""
+    monkeypatch.setattr(registry, "_by_type", dict(registry._by_type))
+    monkeypatch.setattr(registry, "_resolved", {})
+    register_key_extractor(Noted)(noted_key)
+    rows, shared = [Noted(number) for number in range(4)], Noted(9)
+    cached = cached_module(Ignoring(), freeze=True)
+    assert torch.equal(cached(X, rows, shared), 2 * X)
+    assert [noted.asked for noted in (*rows, shared)] == [1] * 5
+    assert reasons(cached, X + 1, rows, shared)[0] == "not seen before; differs from the nearest stored row in x"
+    assert reasons(cached, X, rows[::-1], shared)[0] == "not seen before"
+
+
+def test_remembering_costs_a_few_objects_per_call():
+    """A hundred calls leave no object of the memory for each row, only lists."""
+    cached = cached_module(encoder(), freeze=True)
+    for number in range(10):
+        cached(torch.randn(64, 3) + number)
+    memory = cache_of(cached)._attached.memo.memory
+    assert len(memory._calls) == 10
+    assert sum(len(call.keys) for call in memory._calls) == 640
