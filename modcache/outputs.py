@@ -164,7 +164,9 @@ def _field_names(cls: type) -> tuple[str, ...] | None:
 
 def _named(cls: type) -> tuple[str, str]:
     name = cls.__module__, cls.__qualname__
-    _classes[name] = cls
+    if _classes.get(name) is not cls:  # a cell was run again: what was parsed builds objects of the class before
+        _classes[name] = cls
+        _parsed.cache_clear()
     return name
 
 

@@ -551,3 +551,27 @@ def test_large_batch_of_threads_digests():
     y[7, 12345] += 100
     agree(cached, plain, y, tolerance=1e-2)
     assert computed(cached) == 21
+
+
+class Remade(nn.Module):
+    """A row in an output of a class that a notebook cell may define again."""
+
+    def __init__(self, cls):
+        super().__init__()
+        self.cls = cls
+
+    def forward(self, x):
+        return self.cls(2 * x)
+
+
+def remake():
+    """The class as one run of a cell makes it."""
+    return dataclasses.make_dataclass("Remake", ["value"], namespace={"__module__": __name__, "__qualname__": "Remake"})
+
+
+def test_an_output_class_that_was_defined_again():
+    """After its cell ran again, outputs are of the new class from the first miss on."""
+    for cls in (remake(), remake()):
+        cached = cached_module(Remade(cls), freeze=True)
+        found = [cached(torch.ones(2, 3)) for _ in range(2)]
+        assert [type(output) is cls for output in found] == [True, True]
