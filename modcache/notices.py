@@ -19,6 +19,7 @@ log.addHandler(logging.NullHandler())
 
 _OURS = str(Path(__file__).parent) + os.sep
 _TORCHS = str(Path(torch.__file__).parent) + os.sep
+_NOT_THE_USERS = (_OURS, _TORCHS, "<frozen ", "<eval_with_key>")  # but <stdin> and <ipython-input-...> are
 
 
 def warn(message: str) -> None:
@@ -32,9 +33,15 @@ def warn(message: str) -> None:
 def _user_level() -> int:
     """The stack level, as `warn` counts it, of the first frame outside of modcache and torch."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_OURS, _TORCHS, "<")):
-        level, frame = level + 1, frame.f_back
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        level += not _is_uncounted(frame.f_code.co_filename)
+        frame = frame.f_back
     return level
+
+
+def _is_uncounted(name: str) -> bool:
+    """Whether `warn` passes over frames of this file by itself: those of the import machinery."""
+    return "importlib" in name and "_bootstrap" in name
 
 
 def _rank() -> str:

@@ -93,3 +93,21 @@ def test_calls_are_logged_for_debugging(caplog):
     (record,) = [record for record in caplog.records if record.name == "modcache"]
     assert "CallReport(module='Linear'" in record.getMessage()
     assert "computed=3" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["<ipython-input-3-0a1b>", "<stdin>", "<string>"])
+def test_code_without_a_file_is_the_users(name):
+    """A line of a notebook or of a prompt is where the warning is shown."""
+    scope = {"warn": warn}
+    exec(compile("def use():\n    warn('hello')\n", name, "exec"), scope)
+    with pytest.warns(CacheWarning, match="hello") as caught:
+        scope["use"]()
+    assert (caught[0].filename, caught[0].lineno) == (name, 2)
+
+
+@pytest.mark.parametrize("name", ["<frozen importlib._bootstrap>", "<eval_with_key>.7"])
+def test_code_that_was_generated_is_not_the_users(name):
+    """The interpreter's own frames, and those of torch's graph modules, are passed over."""
+    scope = {"warn": warn}
+    exec(compile("def use():\n    warn('hello')\n", name, "exec"), scope)
+    assert line_of(scope["use"]) == (Path(__file__), line_of.__code__.co_firstlineno + 4)
