@@ -70,7 +70,7 @@ _NUMPY = {
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     """The rows of a CPU tensor of our own as a byte matrix ``(n, row bytes)``; not for a user's tensor.
 
-    (``.numpy()`` forbids a storage to be resized; see `modcache.digest.memory_of` for those.)
+    (``.numpy()`` forbids a storage to be resized; see `modcache.tensors.memory_of` for those.)
     """
     count = tensor.shape[0]
     if tensor.numel() == 0:
