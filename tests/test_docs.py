@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import modcache
+from modcache.stats import Seconds
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
@@ -35,3 +38,17 @@ def test_blocks_are_found():
     text = "x\n\n<!-- not run: needs the moon -->\n```python\n1 / 0\n```\n\n```python\nx = 1\n```\n"
     found = [(block["code"], block["excuse"] is None) for block in BLOCK.finditer(text)]
     assert found == [("1 / 0\n", False), ("x = 1\n", True)]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "index.md"], ids=lambda page: page.name)
+def test_reports_are_shown_as_they_print(page):
+    """The report of a page has the words of the report that is printed."""
+    (shown,) = re.findall(r"^seconds +(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.findall("[a-z]+", shown) == re.findall("[a-z]+", str(Seconds()))
+
+
+def test_the_page_of_layers_names_every_module():
+    """No module or folder of the package is missing on the page that tells its shape."""
+    text = (ROOT / "docs" / "explanation" / "layers.md").read_text(encoding="utf-8")
+    names = {path.stem for path in Path(modcache.__file__).parent.iterdir() if not path.name.startswith(("_", "py."))}
+    assert {name for name in names if not re.search(rf"\b{name}\b", text)} == set()
