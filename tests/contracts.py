@@ -229,12 +229,15 @@ class StoreContract:
         assert answers(store.get("a", keys(1, 2))) == expected({0: 1, 1: 2})
 
     def test_what_is_put_is_copied(self, store: Store) -> None:
-        """The caller may go on with its tensors."""
-        rows = rows_of([1, 2])
-        store.put("a", keys(1, 2), rows)
-        rows.tensors[0].fill_(77)
-        store.flush()
-        assert answers(store.get("a", keys(1, 2))) == expected({0: 1, 1: 2})
+        """The caller may write into its tensors as soon as the put returns, before any flush."""
+        for layout in (VECTOR, PAIR):
+            rows = rows_of([1, 2], layout)
+            store.put("a", keys(1, 2), rows)
+            for tensor in rows.tensors:
+                tensor.zero_()
+            assert answers(store.get("a", keys(1, 2))) == expected({0: 1, 1: 2}, layout)
+            store.flush()
+            assert answers(store.get("a", keys(1, 2))) == expected({0: 1, 1: 2}, layout)
 
     def test_what_is_put_stays_resizable(self, store: Store) -> None:
         """Nothing is left on the storage of a tensor that was put."""

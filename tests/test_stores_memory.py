@@ -719,3 +719,11 @@ def test_shelf_counts_itself():
     store.put("a", keys(3), rows_of([3], PAIR))
     shelf: Shelf = store._shelves["a"]
     assert shelf.counted() == store._account == Account(3, 2 * ROW + PAIR.row_bytes)
+
+
+def test_namespace_bytes():
+    """The bytes of a namespace are those of its rows, and none where there is no such namespace."""
+    store = MemoryStore(1 << 20)
+    store.put("a", keys(1, 2), rows_of([1, 2]))
+    store.put("b", keys(1), rows_of([1]))
+    assert [store.namespace_bytes(name) for name in ("a", "b", "c")] == [24, 12, 0]

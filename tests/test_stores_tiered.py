@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import signal
+import threading
 
 import pytest
 import torch
@@ -215,3 +218,112 @@ def test_results_are_not_views(store, back):
     out = found.rows.tensors[0]
     out += torch.ones((), dtype=out.dtype, requires_grad=True)
     assert out.requires_grad
+
+
+class SlowBack(PlainStore):
+    """A back that lets something happen between its reading of rows and its answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile = lambda: None
+
+    def get(self, namespace, row_keys) -> tuple[Found, ...]:
+        found = super().get(namespace, row_keys)
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        in_thread(meanwhile)
+        return found
+
+
+def in_thread(work) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+CHANGES = {
+    "put": (lambda store: store.put("a", keys(1), rows_of([11])), expected({0: 11, 1: 2})),
+    "delete": (lambda store: store.delete("a", keys(1)), expected({1: 2})),
+    "delete all": (lambda store: store.delete("a"), {}),
+    "rename": (lambda store: store.rename("a", "b"), {}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_during_a_promotion_wins(name):
+    """Rows that another thread changes while they are on their way to the front do not come back."""
+    change, want = CHANGES[name]
+    store = TieredStore(MemoryStore(), SlowBack())
+    store.back.inner = MemoryStore()
+    store.back.put("a", keys(1, 2), rows_of([1, 2]))
+    store.back.rename = store.back.inner.rename
+    store.back.meanwhile = lambda: change(store)
+    assert answers(store.get("a", keys(1, 2))) == expected({0: 1, 1: 2})
+    assert answers(store.get("a", keys(1, 2))) == want
+    assert answers(store.get("a", keys(1, 2))) == want
+
+
+def test_a_get_in_the_middle_of_a_put_promotes_nothing():
+    """A get that begins when only the front has the new row does not put the old one over it."""
+    store = TieredStore(MemoryStore(), SlowBack())
+    store.back.put("a", keys(1, 2), rows_of([1, 2]))
+    really = store.front.put
+
+    def interrupted(*args):
+        store.front.put = really
+        in_thread(lambda: store.get("a", keys(1, 2)))
+        return really(*args)
+
+    store.front.put = interrupted
+    store.put("a", keys(1), rows_of([11]))
+    assert answers(store.get("a", keys(1, 2))) == expected({0: 11, 1: 2})
+    assert answers(store.front.get("a", keys(1, 2))) == expected({0: 11, 1: 2})
+
+
+def test_a_failed_put_does_not_end_promotions(store, back):
+    """After a put that raised, rows are promoted as before."""
+    with pytest.raises(ValueError, match="2 row keys"):
+        store.put("a", keys(1, 2), rows_of([1]))
+    back.put("a", keys(1), rows_of([1]))
+    store.get("a", keys(1))
+    assert answers(store.front.get("a", keys(1))) == expected({0: 1})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_promotes(store, back):
+    """A child that was forked in the middle of another thread's put or promotion begins anew."""
+    back.put("a", keys(1), rows_of([1]))
+    holding, done = threading.Event(), threading.Event()
+
+    def hold():
+        with store._changes.change(), store._changes._locked():
+            holding.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holding.wait()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        store.get("a", keys(1))
+        os._exit(0 if answers(store.front.get("a", keys(1))) == expected({0: 1}) else 1)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_repr_names_both_tiers(store, back):
+    """A tiered store shows what it is made of, front first."""
+    assert repr(store) == f"TieredStore({store.front!r}, {back!r})"
+
+
+def test_namespace_bytes():
+    """The bytes of a namespace are those of the back where it counts them, else those in front."""
+    both, front_only = TieredStore(MemoryStore(), MemoryStore()), TieredStore(MemoryStore(), PlainStore())
+    for store in (both, front_only):
+        store.put("a", keys(1, 2), rows_of([1, 2]))
+    both.front.delete("a")
+    assert (both.namespace_bytes("a"), both.namespace_bytes("b")) == (24, 0)
+    assert front_only.namespace_bytes("a") == 24
+    assert TieredStore(PlainStore(), PlainStore()).namespace_bytes("a") == 0

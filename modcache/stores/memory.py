@@ -42,9 +42,9 @@ class MemoryStore:
 
     Example:
         >>> import torch
-        >>> from modcache.rows import Layout, Rows
+        >>> from modcache.rows import SINGLE, Layout, Rows
         >>> store = MemoryStore(max_bytes=1 << 20)
-        >>> layout = Layout("*", ((torch.float32, (2,)),))
+        >>> layout = Layout(SINGLE, ((torch.float32, (2,)),))
         >>> store.put("names", [b"k" * 16], Rows(layout, (torch.ones(1, 2),)))
         1
         >>> found, = store.get("names", [b"other key 16 byt", b"k" * 16])
@@ -154,6 +154,12 @@ class MemoryStore:
         """The namespaces that have at least one row."""
         with self._budget.lock:
             return list(self._shelves)
+
+    def namespace_bytes(self, namespace: str) -> int:
+        """The bytes of the rows of a namespace, without the cost of finding them; 0 where there are none."""
+        with self._budget.lock:
+            shelf = self._shelves.get(namespace)
+            return 0 if shelf is None or shelf.torn else shelf.counted().bytes
 
     def stats(self) -> StoreStats:
         """What is held; without a bound of its own, ``max_bytes`` is what all such stores share."""

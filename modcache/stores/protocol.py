@@ -69,6 +69,9 @@ class Store(Protocol):
     def put(self, namespace: str, row_keys: Sequence[bytes], rows: Rows) -> int:
         """Keeps the rows under their keys; the number of rows admitted.
 
+        The rows are copied before this returns: the caller hands the very tensors to its user, who may write
+        into them at once.
+
         A row that is already there is overwritten, also by one of another layout. When a key occurs twice,
         the last of its rows counts.
         """

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+import contextlib
+import os
+import threading
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +16,7 @@ from ..rows import Layout, Rows
 from .protocol import Found, Store, StoreStats
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from .index import Places
 
@@ -35,17 +38,67 @@ class _Renames(Protocol):
     def rename(self, old: str, new: str) -> None: ...
 
 
+@runtime_checkable
+class _CountsBytes(Protocol):
+    def namespace_bytes(self, namespace: str) -> int: ...
+
+
+class _Changes:
+    """Tells whether rows that were read a while ago may still be put in front: nothing was changed since.
+
+    Changes only note that they begin and end, so they wait for no other change and for no slow reader.
+    """
+
+    def __init__(self) -> None:
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.RLock()
+        self._begun = self._running = 0
+
+    def _locked(self) -> threading.RLock:
+        """The lock; a forked child begins anew, as a thread of the parent may have been in the middle."""
+        if self._process != os.getpid():
+            self._begin_anew()
+        return self._lock
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[None]:
+        """Around whatever changes rows."""
+        with self._locked():
+            self._begun += 1
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._locked():
+                self._running = max(0, self._running - 1)
+
+    def seen(self) -> int | None:
+        """The number of changes up to now, or None in the middle of one."""
+        with self._locked():
+            return None if self._running else self._begun
+
+    @contextlib.contextmanager
+    def unchanged_since(self, seen: int | None) -> Iterator[bool]:
+        """Whether nothing has changed since; if so, no change begins before the end of the block."""
+        with self._locked():
+            yield seen is not None and seen == self._begun
+
+
 class TieredStore:
     """Rows from the front where it has them, else from the back, and then kept in the front, too.
 
     What is put or deleted goes to both. `contains`, `retire` and `rename` go to the tiers that have them.
+    A pickle or a deepcopy has copies of the tiers, and counts anew.
 
     Example:
         >>> import torch
-        >>> from modcache.rows import Layout, Rows
+        >>> from modcache.rows import SINGLE, Layout, Rows
         >>> from modcache.stores import MemoryStore
         >>> store = TieredStore(MemoryStore(), MemoryStore())
-        >>> layout = Layout("*", ((torch.float32, (2,)),))
+        >>> layout = Layout(SINGLE, ((torch.float32, (2,)),))
         >>> store.put("names", [b"k" * 16], Rows(layout, (torch.ones(1, 2),)))
         1
         >>> store.front.delete("names")
@@ -70,6 +123,13 @@ class TieredStore:
         self.back = back
         self._refused = 0
         self._retired: set[str] = set()
+        self._changes = _Changes()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.front, self.back)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.front!r}, {self.back!r})"
 
     def get(self, namespace: str, row_keys: Sequence[bytes]) -> tuple[Found, ...]:
         """The rows that a tier has; those of the back are put in front."""
@@ -81,21 +141,27 @@ class TieredStore:
         if not len(missing):
             return quick
         keys = [row_keys[i] for i in missing.tolist()]
+        seen = self._changes.seen()
         slow = self.back.get(namespace, keys)
-        for found in slow:
-            self.front.put(namespace, [keys[i] for i in found.positions.tolist()], found.rows)
+        if slow:
+            with self._changes.unchanged_since(seen) as still_right:
+                # Else a row may have been deleted or overwritten meanwhile, and would come back.
+                for found in slow if still_right else ():
+                    self.front.put(namespace, [keys[i] for i in found.positions.tolist()], found.rows)
         return _merged(quick, [Found(missing[found.positions], found.rows) for found in slow])
 
     def put(self, namespace: str, row_keys: Sequence[bytes], rows: Rows) -> int:
         """Keeps the rows in both tiers; how many the tier admitted that took more."""
         self._retired.discard(namespace)
-        admitted = max(self.front.put(namespace, row_keys, rows), self.back.put(namespace, row_keys, rows))
+        with self._changes.change():
+            admitted = max(self.front.put(namespace, row_keys, rows), self.back.put(namespace, row_keys, rows))
         self._refused += len(set(row_keys)) - admitted
         return admitted
 
     def delete(self, namespace: str, row_keys: Sequence[bytes] | None = None) -> int:
         """Drops these rows from both tiers, or with None the whole namespace; how many the fuller one had."""
-        return max(self.front.delete(namespace, row_keys), self.back.delete(namespace, row_keys))
+        with self._changes.change():
+            return max(self.front.delete(namespace, row_keys), self.back.delete(namespace, row_keys))
 
     def contains(self, namespace: str, row_keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
         """Which rows a tier has."""
@@ -111,15 +177,16 @@ class TieredStore:
     def rename(self, old: str, new: str) -> None:
         """Gives the rows of a namespace to another name; a tier that cannot do that forgets them."""
         self._retired -= {old, new}
-        if old != new and new in self.namespaces():
-            # Where both have a key, the front could not know which row counts if it lacks one of them.
-            self.front.delete(old)
-            self.front.delete(new)
-        for tier in (self.front, self.back):
-            if isinstance(tier, _Renames):
-                tier.rename(old, new)
-            elif old != new:
-                tier.delete(old)
+        with self._changes.change():
+            if old != new and new in self.namespaces():
+                # Where both have a key, the front could not know which row counts if it lacks one of them.
+                self.front.delete(old)
+                self.front.delete(new)
+            for tier in (self.front, self.back):
+                if isinstance(tier, _Renames):
+                    tier.rename(old, new)
+                elif old != new:
+                    tier.delete(old)
 
     def row_keys(self, namespace: str) -> list[bytes]:
         """The keys of all rows of a namespace, in either tier."""
@@ -128,6 +195,11 @@ class TieredStore:
     def namespaces(self) -> list[str]:
         """The namespaces that have at least one row in either tier."""
         return list(dict.fromkeys([*self.back.namespaces(), *self.front.namespaces()]))
+
+    def namespace_bytes(self, namespace: str) -> int:
+        """The bytes of the rows of a namespace in the back where it counts them, else in front; 0 if unknown."""
+        tier = next((tier for tier in (self.back, self.front) if isinstance(tier, _CountsBytes)), None)
+        return 0 if tier is None else tier.namespace_bytes(namespace)
 
     def stats(self) -> StoreStats:
         """What both tiers hold, without counting a row twice as far as that can be known at once.
