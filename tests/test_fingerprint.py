@@ -655,6 +655,31 @@ def test_what_a_forward_changes_is_bookkeeping():
     assert followed.state() != before
 
 
+class Shared(nn.Module):
+    """Two attributes are one list, which a forward changes or replaces."""
+
+    def __init__(self, replaced):
+        super().__init__()
+        self.g = self.h = []
+        self.replaced = replaced
+
+    def forward(self, x):
+        self.h.append(1)
+        if self.replaced:
+            self.g, self.h = [1], [2]
+        return x
+
+
+@pytest.mark.parametrize("replaced", [True])
+def test_bookkeeping_of_one_object_at_two_places_keeps_its_first_value(replaced):
+    """Attributes that share one object have the fingerprint of before after a forward changed it."""
+    followed = Followed(frozen(Shared(replaced)))
+    first = followed.identity.fingerprint(followed.module)
+    followed.module(torch.ones(1))
+    assert followed.identity.settle(followed.module) is None
+    assert followed.identity.fingerprint(followed.module).digest == first.digest
+
+
 def test_settle_names_a_weight_that_a_forward_moves():
     """Rows computed while a weight or a float buffer moved must not be stored."""
 
@@ -1311,7 +1336,7 @@ def test_drop_lets_go_of_old_weights():
     before = followed.state()
     gone = weakref.ref(followed.module.weight)
     followed.module.weight = nn.Parameter(followed.module.weight.clone(), requires_grad=False)
-    followed.identity.forget_moves()
+    followed.identity.drop()
     assert gone() is None
     assert followed.state() == before
 

@@ -182,7 +182,7 @@ class Identity:
             training=first_in_training(found),
         )
         if self._first_fields is None:
-            self._first_fields = facts.fields
+            self._first_fields = {**facts.fields, **found.seen.shared}
         usable = not facts.lazy and facts.training is None and (not facts.unreadable or self._version is not None)
         wanted = usable, usable and watch.trainable() is None
         return _Look(watch, facts, (None, None), self.turn, wanted)
@@ -339,5 +339,3 @@ class Identity:
         with self._locked():
             self._look = None
             self._weights.forget()
-
-    forget_moves = drop

@@ -26,6 +26,8 @@ class Seen:
     """Functions, classes and constants that code refers to by global names, with the digest of each."""
     fields: dict[str, bytes] = dataclasses.field(default_factory=dict)
     """Named places (attributes, fields of objects, closure variables, globals) with the bytes read there."""
+    shared: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    """The bytes at places of which ``fields`` only says that they share an object that another place names."""
     mappings: dict[int, dict[Any, object]] = dataclasses.field(default_factory=dict)
     """Dicts of which every item counts: dict attributes and the ``__dict__`` of config-like objects."""
     partial: dict[int, tuple[dict[Any, object], tuple[str, ...]]] = dataclasses.field(default_factory=dict)

@@ -188,6 +188,8 @@ class ValueReader:
         shared = id(value) in self._memo and not isinstance(value, IMMUTABLE)
         content = self.value(value, path)
         self.seen.fields[path] = b"shared" if shared else content
+        if shared:
+            self.seen.shared[path] = content
         return encode(name) + content
 
     def _sequence(self, value: Any, path: str) -> bytes:
