@@ -1456,3 +1456,27 @@ def test_a_lambda_of_no_module_or_of_a_library_counts_by_its_code():
     digests = {callable_digest(function)[0] for function in made.values()}
 
     assert len(digests) == 3
+
+
+@pytest.mark.parametrize("kind", ["cpu", "xpu"])
+def test_autocast_of_any_device_is_part_of_the_context(kind):
+    """Autocast changes what a forward gives, on whatever device it is switched on."""
+    before = context()
+    with torch.autocast(kind, dtype=torch.bfloat16):
+        within = context()
+
+    assert before != within
+    assert before == context()
+
+
+def test_fingerprints_of_many_states_are_not_all_remembered():
+    """A module with a state a step does not gather a fingerprint for each of them."""
+    layer = nn.Linear(2, 2).requires_grad_(False).eval()
+    identity = Identity()
+    for _ in range(80):
+        layer.weight.add_(1.0)
+        identity.check(layer, False)
+        identity.check(layer, False)
+        identity.fingerprint(layer)
+
+    assert len(identity._fingerprints) <= 64

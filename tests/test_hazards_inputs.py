@@ -415,7 +415,7 @@ INTERACT = {
 def test_rows_that_interact(name):
     """A module whose rows depend on each other is found out on its first batch, and warned about once."""
     cached, plain = pair(Apply(INTERACT[name]))
-    with pytest.warns(CacheWarning) as seen:  # noqa: PT031
+    with pytest.warns(CacheWarning) as seen:
         agree(cached, plain, X, times=1)
         agree(cached, plain, X[:4], times=2)
         agree(cached, plain, X[2:], times=2)
@@ -1347,7 +1347,7 @@ def test_tokens_without_a_mask():
 def test_tokens_of_a_module_that_ignores_its_mask():
     """A module that ignores its mask is found out by key="tokens" and bypassed."""
     cached, plain = pair(Tokens(ignore_mask=True), key="tokens")
-    with pytest.warns(CacheWarning, match="tokens"):  # noqa: PT031
+    with pytest.warns(CacheWarning, match="tokens"):
         for rows in (ROWS[:3], ROWS[2:], ROWS, ROWS[:1]):
             agree(cached, plain, **padded(rows))
 
@@ -1381,7 +1381,7 @@ def test_same_ids_other_length_of_mask():
 def test_padding_note_for_default_keys():
     """With default keys, rows that miss only because of padding are noted once, with the option that would help."""
     cached, plain = pair(Tokens())
-    with pytest.warns(CacheWarning, match='key="tokens"') as seen:  # noqa: PT031
+    with pytest.warns(CacheWarning, match='key="tokens"') as seen:
         for width in (5, 6, 7):
             agree(cached, plain, times=1, **padded(ROWS, width=width))
     assert len(seen) == 1

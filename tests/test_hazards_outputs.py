@@ -118,7 +118,7 @@ NOT_ROWS = {
 def test_outputs_that_are_no_rows(name):
     """An output that cannot be parted into rows is returned as it is, with one warning that names the leaf."""
     cached, plain = pair(Apply(NOT_ROWS[name]))
-    with pytest.warns(CacheWarning, match="output") as seen:  # noqa: PT031
+    with pytest.warns(CacheWarning, match="output") as seen:
         for _ in range(3):
             found, expected = cached(X), plain(X)
             if name == "sparse":
@@ -372,7 +372,7 @@ def test_needs_grad_output_without_parameters():
     """Something trainable that is no parameter (a closure) is not cut off."""
     weight = torch.ones(4, requires_grad=True)
     cached, _ = pair(Apply(lambda x: x * weight))
-    with pytest.warns(CacheWarning):  # noqa: PT031
+    with pytest.warns(CacheWarning):
         for _ in range(3):
             out = cached(X)
             assert out.requires_grad

@@ -759,7 +759,7 @@ def test_output_depends_on_call_counter():
             return x + self.step
 
     cached, _plain = pair(Drifts())
-    with pytest.warns(CacheWarning):  # noqa: PT031
+    with pytest.warns(CacheWarning):
         cached(X)
         cached(X)
     one, two = cached(X), cached(X)
@@ -929,7 +929,7 @@ def test_restless_weights():
     """Weights that are written again and again with what they are end in a bypass, said once, and stay right."""
     cached, plain = pair()
     state = copy.deepcopy(plain.state_dict())
-    with pytest.warns(CacheWarning, match="again") as seen:  # noqa: PT031
+    with pytest.warns(CacheWarning, match="again") as seen:
         for _ in range(8):
             cached.load_state_dict(state)
             agree(cached, plain, X, times=1)

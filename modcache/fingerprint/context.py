@@ -9,6 +9,7 @@ _NAMES = (
     "autocast dtype (cpu)",
     "autocast (cuda)",
     "autocast dtype (cuda)",
+    "autocast (others)",
     "default dtype",
     "float32 products (cuda)",
     "float32 convolutions (cuda)",
@@ -51,7 +52,8 @@ def context() -> tuple[object, ...]:
     return (*autocast, _default_dtype(), *_precision(), _deterministic())
 
 
-_NO_AUTOCAST = (False, None, False, None)
+_OTHERS = ("mps", "xpu", "hpu", "mtia", "xla", "privateuseone")
+_NO_AUTOCAST = (False, None, False, None, ())
 
 
 def _autocast() -> tuple[object, ...]:
@@ -61,7 +63,15 @@ def _autocast() -> tuple[object, ...]:
         _autocast_dtype("cpu") if on_cpu else None,
         on_cuda,
         _autocast_dtype("cuda") if on_cuda else None,
+        tuple((kind, _autocast_dtype(kind)) for kind in _OTHERS if _is_on(kind)),
     )
+
+
+def _is_on(kind: str) -> bool:
+    try:
+        return _autocast_on(kind)
+    except RuntimeError:  # a kind of device that this torch does not know
+        return False
 
 
 def context_facts(ctx: tuple[object, ...]) -> dict[str, object]:

@@ -28,6 +28,7 @@ _SMALL_BUFFER = 1 << 16  # DDP sends its buffers again at each step: these are c
 _SAME_IN_A_ROW = 3
 _MOVES_IN_A_ROW = 8
 _CALM_AFTER = 2
+_STATES = 64  # whose fingerprints, part by part, are remembered
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -317,6 +318,8 @@ class Identity:
                 opaque=look.facts.opaque,
                 bookkeeping=tuple(sorted(self._bookkeeping)),
             )
+            if len(self._fingerprints) >= _STATES:  # trained while it is used in between: a state a step
+                self._fingerprints.pop(next(iter(self._fingerprints)))
             self._fingerprints[standing.state] = found
             return found
 
