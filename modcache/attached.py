@@ -132,7 +132,7 @@ class Attached:
         given = self._given(keys)  # also for a call that is bypassed: it has its number among those in keys_for
         grad = torch.is_grad_enabled()
         try:
-            standing = self.refuse(module)
+            standing = self.refuse(module, grad)
         except Bypass as reason:
             return bypass(self.memo, self._run(module, original), args, kwargs, reason)
         if self.identity.late_moves != self._late_moves:
@@ -154,15 +154,14 @@ class Attached:
         self._sites.clear()
         self.memo.recipes.clear()
 
-    def refuse(self, module: nn.Module) -> Standing:
-        """How the module stands now.
+    def refuse(self, module: nn.Module, grad: bool) -> Standing:
+        """How the module stands now, in this grad mode.
 
         Raises:
             Bypass: a call of it would be run as if uncached.
         """
         if (reason := self._unusual(module)) is not None:
             raise Bypass(reason)
-        grad = torch.is_grad_enabled()
         standing = self.identity.check(module, grad)
         if standing is not self._fine[grad]:
             self._refuse_standing(standing, grad)

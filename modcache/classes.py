@@ -108,7 +108,8 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
                 kwargs.pop("cache_keys", None)
                 return cls.forward(self, *args, **kwargs)
             return _outside_the_graph(self, cls, args, kwargs)
-        return attached_to(self).forward(self, cls, args, kwargs)
+        attached = self.__dict__.get(ATTACHED) or attached_to(self)
+        return attached.forward(self, cls, args, kwargs)
 
     return forward
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
 from torch import nn
 
 from .ask import contained, explained, keys_of, row_count
@@ -82,7 +83,7 @@ class Cache:
         their first batch; see ``explain``.)
         """
         try:
-            self._attached.refuse(self._module)
+            self._attached.refuse(self._module, torch.is_grad_enabled())
             namespace, arguments, given = self._attached.asked(self._module, args, kwargs)
             return contained(self._attached.memo, namespace, arguments, given)
         except Bypass:
@@ -92,7 +93,7 @@ class Cache:
         """Why each row of a call would hit or miss; the module is not run."""
         memo = self._attached.memo
         try:
-            self._attached.refuse(self._module)
+            self._attached.refuse(self._module, torch.is_grad_enabled())
             namespace, arguments, given = self._attached.asked(self._module, args, kwargs)
             return explained(memo, namespace, arguments, given, self._attached.parts(self._module))
         except Bypass as reason:

@@ -118,7 +118,7 @@ class Memo:
 
     def passed(self, namespace: str, form: Form) -> TokenDims | None:
         """The token dimensions of the outputs (mostly none) once a self-check passed, else ``None``."""
-        return None if form in self._blocked else self._passed.get((namespace, form))
+        return None if self._blocked and form in self._blocked else self._passed.get((namespace, form))
 
     def let_pass(self, namespace: str, form: Form, dims: TokenDims) -> None:
         """Calls of this form may serve and store rows of this namespace from now on."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -28,12 +29,11 @@ def _checked(name: object, source: str) -> str:
     return name
 
 
-_mode = _checked(os.environ.get("MODCACHE_MODE", "read-write"), "the environment variable MODCACHE_MODE")
+_now = {"mode": _checked(os.environ.get("MODCACHE_MODE", "read-write"), "the environment variable MODCACHE_MODE")}
 
-
-def current_mode() -> str:
-    """The mode that all cached modules of this process are in."""
-    return _mode
+# Asked for on every call, so these two are calls into C without a frame of their own.
+current_mode: Callable[[], str] = functools.partial(_now.__getitem__, "mode")
+"""The mode that all cached modules of this process are in."""
 
 
 class mode(contextlib.AbstractContextManager["mode"]):  # noqa: N801 - used like a function, as `torch.no_grad` is
@@ -54,21 +54,18 @@ class mode(contextlib.AbstractContextManager["mode"]):  # noqa: N801 - used like
     """
 
     def __init__(self, name: str) -> None:
-        global _mode
         self._name = _checked(name, "mode(...)")
-        self._before = _mode
-        _mode = self._name
+        self._before = current_mode()
+        _now["mode"] = self._name
 
     def __enter__(self) -> Self:
-        global _mode
-        _mode = self._name
+        _now["mode"] = self._name
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _mode
-        _mode = self._before
+        _now["mode"] = self._before
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,9 +91,8 @@ class GivenKeys:
 _given: contextvars.ContextVar[GivenKeys | None] = contextvars.ContextVar("modcache_keys", default=None)
 
 
-def given_keys() -> GivenKeys | None:
-    """What `keys_for` gave to the running block, if anything."""
-    return _given.get()
+given_keys: Callable[[], GivenKeys | None] = _given.get
+"""What `keys_for` gave to the running block, if anything."""
 
 
 @contextlib.contextmanager

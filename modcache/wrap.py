@@ -186,6 +186,11 @@ def _check_names(function: Callable[..., Any], requested: Requested) -> None:
         parameters = inspect.signature(requested.prepare or function).parameters
     except (TypeError, ValueError):  # a builtin without a signature
         return
+    if "cache_keys" in parameters:
+        raise UsageError(
+            "its forward has an argument called cache_keys, which is how a cached module is given the keys of rows; "
+            "rename it, or cache a submodule"
+        )
     if any(value.kind is inspect.Parameter.VAR_KEYWORD for value in parameters.values()):
         return
     for name in requested.broadcast:
