@@ -7,8 +7,9 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ class Attached:
         self._binder: Binder | None = None
         self._lock = threading.Lock()
         self._token = uuid.uuid4().hex
+        self._wrapped = datetime.now(timezone.utc)
         self._namespaces: dict[tuple[int, Context], str] = {}
         self._sites: dict[tuple[int, Context], Site] = {}
         self._fine: list[Standing | None] = [None, None]  # standings that were looked at and are no reason to bypass
@@ -343,6 +345,7 @@ class Attached:
         """The readable description of the namespace."""
         name = self.namespace(module)
         known = self.identity.fingerprint(module)
+        held = getattr(self.memo.store, "namespace_bytes", None)
         return {
             "namespace": name,
             "key_scheme": KEY_SCHEME,
@@ -355,8 +358,10 @@ class Attached:
             "version": self.requested.version,
             "not_fingerprinted": sorted(known.opaque),
             "bookkeeping": sorted(known.bookkeeping),
-            "made_with": {"modcache": version("modcache"), "torch": torch.__version__},
+            "made_with": {"modcache": _own_version(), "torch": torch.__version__},
+            "wrapped": self._wrapped.isoformat(timespec="seconds"),
             "rows": len(self.memo.store.row_keys(name)),
+            "bytes": None if held is None else held(name),
         }
 
     def recheck(self, module: nn.Module) -> bool:
@@ -381,6 +386,13 @@ class Attached:
         self.memo.store.flush()
         if self.requested.store is None:  # its own, unless a copy of the module shares it
             self.memo.store = MemoryStore()
+
+
+def _own_version() -> str:
+    try:
+        return version("modcache")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _restored(

@@ -516,12 +516,15 @@ def test_report_hooks():
 
 def test_manifest_and_namespace():
     """The manifest is JSON, and the namespace 32 hex digits that change with what they should."""
+    import datetime as dt
     import json
 
     cached, _ = pair()
     cached(X)
     cache = cache_of(cached)
     assert json.loads(json.dumps(cache.manifest))["rows"] == 6
+    assert cache.manifest["bytes"] == cache.store.namespace_bytes(cache.namespace) > 0
+    assert dt.datetime.fromisoformat(cache.manifest["wrapped"]).tzinfo is not None
     assert len(cache.namespace) == 32
     int(cache.namespace, 16)
     before = cache.namespace

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -343,3 +344,27 @@ def test_states_are_not_remembered_without_bound():
     assert len(attached._fingerprints) <= 64
     assert len(attached._namespaces) <= 80
     assert cache_of(layer).stats.hits > 0
+
+
+def test_the_manifest_of_a_package_that_is_not_installed(monkeypatch):
+    """Run from a checkout that was never installed, the manifest says so instead of raising."""
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("modcache.attached.version", missing)
+    layer = cached_module(frozen_linear())
+    layer(BATCH)
+
+    assert cache_of(layer).manifest["made_with"]["modcache"] == "not installed"
+
+
+def test_an_argument_of_the_module_called_cache_keys_is_refused():
+    """A forward that has an argument of that name would never get it, so wrapping it says what to do."""
+
+    class Own(nn.Linear):
+        def forward(self, x, cache_keys=None):
+            return super().forward(x)
+
+    with pytest.raises(UsageError, match="argument called cache_keys"):
+        cached_module(Own(4, 3), freeze=True)
