@@ -20,14 +20,16 @@ from .call import bypass, call
 from .compute import Host
 from .digest import KEY_SCHEME, digest, encode, frame
 from .fingerprint import UNDETERMINED, Fingerprint, Identity, Standing, context, context_facts
+from .freezing import Before
 from .hit import Missed, Site, hit
 from .keys import Given, extractor_of
 from .memo import Bypass, Memo, Options
-from .modes import current_mode, given_keys
+from .modes import given_keys
+from .refusals import refuse_standing, unusual
 from .selfcheck import tolerance_of
 from .stores import MemoryStore, Store
 
-__all__ = ["Attached", "Before", "Requested"]
+__all__ = ["Attached", "Requested"]
 
 Context = tuple[object, ...]
 
@@ -58,14 +60,6 @@ class Requested:
     def options(self) -> Options:
         """What a call needs of them."""
         return Options(extractor_of(self.key), self.prepare, self.broadcast, self.per_row, self.verify)
-
-
-@dataclass(frozen=True, slots=True)
-class Before:
-    """What freezing changed, by name, so that it can be undone, also in a copy of the module."""
-
-    training: tuple[tuple[str, bool], ...]
-    requires_grad: tuple[tuple[str, bool], ...]
 
 
 class Attached:
@@ -162,11 +156,14 @@ class Attached:
         Raises:
             Bypass: a call of it would be run as if uncached.
         """
-        if (reason := self._unusual(module)) is not None:
+        if self.closed:
+            raise Bypass("closed")
+        if (reason := unusual(module)) is not None:
             raise Bypass(reason)
         standing = self.identity.check(module, grad)
         if standing is not self._fine[grad]:
-            self._refuse_standing(standing, grad)
+            refuse_standing(standing, grad, versioned=self.requested.version is not None)
+            self._fine[grad] = standing
         return standing
 
     def _bind(self, original: type[nn.Module]) -> Binder:
@@ -185,20 +182,6 @@ class Attached:
         around = given_keys()
         return None if around is None else Given(around.keys, around.number(self._token), "keys_for(...)")
 
-    def _unusual(self, module: nn.Module) -> str | None:
-        """What keeps this call from being cached, whatever the module is now."""
-        if current_mode() == "off":
-            return "mode off"
-        if self.closed:
-            return "closed"
-        if torch._C._get_tracing_state() is not None:
-            return "torch.jit.trace"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "a torch.func transform"
-        if torch._C._len_torch_dispatch_stack():
-            return "a dispatch mode"
-        return "a DataParallel replica" if "_is_replica" in module.__dict__ else None
-
     def _drop_spoiled(self) -> None:
         """Weights were written unnoticed a few calls ago: rows stored since then may be of either state."""
         self._late_moves = self.identity.late_moves
@@ -210,36 +193,6 @@ class Attached:
             "stored since were dropped, but rows served since may be stale. Write weights through autograd-visible "
             "operations (under torch.no_grad()), or call cache_of(module).recheck() after such a write.",
         )
-
-    def _refuse_standing(self, standing: Standing, grad: bool) -> None:
-        """Bypass a module whose rows would not be what it gives, or would be missed by autograd."""
-        if standing.lazy:
-            raise Bypass("not materialised")
-        if standing.trainable is not None and grad:
-            raise Bypass(
-                "trainable parameters",
-                f"{standing.trainable} is trainable and grad mode is on, so it runs uncached. Wrap it with freeze=True "
-                "if it is not trained, or call it under torch.no_grad().",
-            )
-        if standing.training is not None:
-            raise Bypass(
-                "training mode",
-                f"{standing.training} is in training mode, where its rows may be random or depend on each other, so it "
-                "runs uncached. Call eval() on it, or wrap it with freeze=True.",
-            )
-        if standing.unreadable and self.requested.version is None:
-            raise Bypass(
-                "weights cannot be read",
-                f"the values of {', '.join(standing.unreadable[:3])} cannot be read (meta, sharded, offloaded or "
-                "freed), so it runs uncached. Give version= to name these weights yourself.",
-            )
-        if standing.restless:
-            raise Bypass(
-                "weights keep moving",
-                "its weights were written three times in a row without a change, and each time they had to be digested "
-                "again, so it runs uncached until they lie still. Find what writes them, or give the module a copy.",
-            )
-        self._fine[grad] = standing
 
     def _look(self, module: nn.Module, now: tuple[int, Context]) -> Site:
         """What a call needs to know of this state of the module, in this context."""

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 import torch
 from torch import nn
 
-from .attached import Attached, Before, Requested
+from .attached import Attached, Requested
 from .classes import ATTACHED, attached_to, cached_class, decorated_class, original_class
 from .errors import LayeredError, NotCachedError, UsageError, UsageTypeError
+from .freezing import freeze_module, thaw
 from .handle import Cache
 from .keys import Extractor, extractor_of
 from .stores import Store
@@ -249,13 +250,7 @@ def _wrapped_again(module: nn.Module, requested: Requested, asked: dict[str, Any
 def _ready(module: nn.Module, attached: Attached) -> None:
     """Freeze the module if that is asked for, else say what will keep it from being cached."""
     if attached.requested.freeze:
-        attached.before = Before(
-            tuple((name, child.training) for name, child in module.named_modules(remove_duplicate=False)),
-            tuple((name, value.requires_grad) for name, value in module.named_parameters(remove_duplicate=False)),
-        )
-        for parameter in module.parameters():
-            parameter.requires_grad = False  # a lazy parameter has no `requires_grad_`
-        module.eval()
+        attached.before = freeze_module(module)
         return
     trainable = next((name for name, value in module.named_parameters() if value.requires_grad), None)
     if trainable is not None or module.training:
@@ -265,17 +260,6 @@ def _ready(module: nn.Module, attached: Attached) -> None:
             f"{what}, so it would not be cached in training. Wrap it with freeze=True, or call "
             "requires_grad_(False) and eval() on it.",
         )
-
-
-def _thaw(module: nn.Module, before: Before) -> None:
-    children = dict(module.named_modules(remove_duplicate=False))
-    for name, training in before.training:
-        if name in children:
-            children[name].training = training
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, requires_grad in before.requires_grad:
-        if name in parameters:
-            parameters[name].requires_grad_(requires_grad)
 
 
 # --- ask, undo, see through -----------------------------------------------------------------------------
@@ -333,7 +317,7 @@ def uncached(module: M) -> M:
     if attached.inside is not None:
         module.__dict__["forward"] = attached.inside
     if attached.before is not None:
-        _thaw(module, attached.before)
+        thaw(module, attached.before)
     return module
 
 

@@ -1,0 +1,41 @@
+"""Freeze a module, and put back what that changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+__all__ = ["Before", "freeze_module", "thaw"]
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What freezing changed, by name, so that it can be undone, also in a copy of the module."""
+
+    training: tuple[tuple[str, bool], ...]
+    requires_grad: tuple[tuple[str, bool], ...]
+
+
+def freeze_module(module: nn.Module) -> Before:
+    """Switch off its gradients, put it into eval mode, and say what was."""
+    before = Before(
+        tuple((name, child.training) for name, child in module.named_modules(remove_duplicate=False)),
+        tuple((name, value.requires_grad) for name, value in module.named_parameters(remove_duplicate=False)),
+    )
+    for parameter in module.parameters():
+        parameter.requires_grad = False  # a lazy parameter has no `requires_grad_`
+    module.eval()
+    return before
+
+
+def thaw(module: nn.Module, before: Before) -> None:
+    """Put back what freezing changed, as far as the module still has it."""
+    children = dict(module.named_modules(remove_duplicate=False))
+    for name, training in before.training:
+        if name in children:
+            children[name].training = training
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, requires_grad in before.requires_grad:
+        if name in parameters:
+            parameters[name].requires_grad_(requires_grad)
