@@ -20,7 +20,7 @@ import xxhash
 
 from .tensors import NoContentError, memory_of, settled
 
-__all__ = ["KEY_SCHEME", "PLAIN_TYPES", "digest", "encode", "frame", "hasher", "seed_of", "tensor_digest"]
+__all__ = ["KEY_SCHEME", "PLAIN_TYPES", "checksum", "digest", "encode", "frame", "hasher", "seed_of", "tensor_digest"]
 
 KEY_SCHEME = 1
 """Number of the encoding; it is part of every namespace, so that a new scheme never reads old keys."""
@@ -30,6 +30,9 @@ digest = xxhash.xxh3_128_digest
 
 hasher = xxhash.xxh3_128
 """The same for bytes that come piece by piece: ``update(...)``, then ``digest()``."""
+
+checksum = xxhash.xxh3_64_intdigest
+"""xxh3-64 of a bytes-like object, as a whole number; a second argument seeds it."""
 
 
 def seed_of(frame_bytes: bytes) -> int:

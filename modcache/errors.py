@@ -7,7 +7,8 @@ ModcacheError
 ├── LayeredError         (RuntimeError)  something was put on top of the cached module since
 ├── KeyExtractionError   (TypeError, ValueError)  a key extractor answered with no key
 ├── CacheMissError       (KeyError)      `mode("require-hit")` met rows that are not stored
-└── StaleRecordError     (RuntimeError)  `verify=` recomputed a row and found another one stored
+├── StaleRecordError     (RuntimeError)  `verify=` recomputed a row and found another one stored
+└── FormatVersionError   (ValueError)    a cache directory was written by a newer modcache
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 __all__ = [
     "CacheMissError",
     "CacheWarning",
+    "FormatVersionError",
     "KeyExtractionError",
     "LayeredError",
     "ModcacheError",
@@ -58,6 +60,10 @@ class CacheMissError(ModcacheError, KeyError):
 
 class StaleRecordError(ModcacheError, RuntimeError):
     """A stored row differs from what the module gives now (found by `verify=`)."""
+
+
+class FormatVersionError(ModcacheError, ValueError):
+    """A cache directory has a format that this version cannot read; it names both numbers."""
 
 
 class CacheWarning(UserWarning):

@@ -13,6 +13,7 @@ BUILT_IN = {
     "NotCachedError": ValueError,
     "LayeredError": RuntimeError,
     "KeyExtractionError": TypeError,
+    "FormatVersionError": ValueError,
     "CacheMissError": KeyError,
     "StaleRecordError": RuntimeError,
 }
