@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -23,8 +22,10 @@ from .fingerprint import UNDETERMINED, Fingerprint, Identity, Standing, context,
 from .freezing import Before
 from .hit import Missed, Site, hit
 from .keys import Given, extractor_of
+from .manifests import facts_of
 from .memo import Bypass, Memo, Options
 from .modes import given_keys
+from .opening import open_store
 from .refusals import refuse_standing, unusual
 from .selfcheck import tolerance_of
 from .stores import MemoryStore, Store
@@ -83,9 +84,12 @@ class Attached:
         self.inside = inside
         self.before: Before | None = None
         self.closed = False
+        advice = None
         if store is None:
-            store = MemoryStore() if requested.store is None else requested.store
+            store, advice = open_store(requested.store)
         self.memo = Memo(name, requested.options, store)
+        if advice is not None:
+            self.memo.say("directory unusable", advice)
         # Rows in memory are seen by this process alone, so large weights need no digest there.
         self._undigested_from = _LARGE if isinstance(store, MemoryStore) else _NEVER
         functions = {"prepare": requested.prepare, "key function": self.memo.options.extractor.function}
@@ -136,7 +140,7 @@ class Attached:
         now = standing.state, context()
         site = self._sites.get(now) or self._look(module, now)
         if standing.state != self._latest:
-            self._superseded(standing.state)
+            self._superseded(module, standing.state)
         output = hit(self.memo, site, args, kwargs, given, grad)
         if type(output) is not Missed:
             return output
@@ -205,6 +209,8 @@ class Attached:
         if len(self._sites) >= _STATES:
             self._forget_states()
         site = self._sites[now] = Site(self._namespace(module, now), device, floor)
+        if self.memo.word.lasts and now[0] in self._fingerprints:
+            self.memo.introduce(self._facts(module, site.namespace, self._fingerprints[now[0]], now[1]))
         return site
 
     def _forget_states(self) -> None:
@@ -240,10 +246,12 @@ class Attached:
         parts = (KEY_SCHEME, content, around, options.extractor.name, self.requested.version, options.per_row)
         return digest(frame(b"namespace", encode(parts))).hex()
 
-    def _superseded(self, state: int) -> None:
+    def _superseded(self, module: nn.Module, state: int) -> None:
         """The rows of the state before are the first to go when room is needed."""
         retire = getattr(self.memo.store, "retire", None)
         before, self._latest = self._latest, state
+        if before is not None and any(tensor.requires_grad for tensor in module.parameters()):
+            self.memo.keep_in_memory()  # it is being trained: each step would leave its rows on the disk
         if retire is not None and before is not None:
             for (known, _), namespace in tuple(self._namespaces.items()):
                 if known == before:
@@ -299,23 +307,27 @@ class Attached:
         name = self.namespace(module)
         known = self.identity.fingerprint(module)
         held = getattr(self.memo.store, "namespace_bytes", None)
+        facts = self._facts(module, name, known, context())
+        del facts["made"]  # of the one beside the rows
         return {
-            "namespace": name,
-            "key_scheme": KEY_SCHEME,
-            "class": f"{type(module).__module__}.{type(module).__qualname__}",
-            "fingerprint": known.digest.hex(),
-            "weights": known.weights.hex(),
-            "context": {key: str(value) for key, value in context_facts(context()).items()},
-            "key": self.memo.options.extractor.name,
-            "prepare": getattr(self.requested.prepare, "__qualname__", None),
-            "version": self.requested.version,
-            "not_fingerprinted": sorted(known.opaque),
-            "bookkeeping": sorted(known.bookkeeping),
-            "made_with": {"modcache": _own_version(), "torch": torch.__version__},
+            **facts,
             "wrapped": self._wrapped.isoformat(timespec="seconds"),
             "rows": len(self.memo.store.row_keys(name)),
             "bytes": None if held is None else held(name),
         }
+
+    def _facts(self, module: nn.Module, name: str, known: Fingerprint, around: Context) -> dict[str, Any]:
+        """What a manifest tells of a namespace, whether or not it has rows."""
+        return facts_of(
+            name,
+            type(module),
+            known,
+            context_facts(around),
+            key=self.memo.options.extractor.name,
+            prepare=self.requested.prepare,
+            version=self.requested.version,
+            dtypes=frozenset(tensor.dtype for tensor in (*module.parameters(), *module.buffers())),
+        )
 
     def recheck(self, module: nn.Module) -> bool:
         """Digest all weights; whether something had changed unnoticed, in which case the rows of the state go."""
@@ -337,15 +349,8 @@ class Attached:
         """Run uncached from now on."""
         self.closed = True
         self.memo.store.flush()
-        if self.requested.store is None:  # its own, unless a copy of the module shares it
-            self.memo.store = MemoryStore()
-
-
-def _own_version() -> str:
-    try:
-        return version("modcache")
-    except PackageNotFoundError:
-        return "not installed"
+        if self.requested.store is None or isinstance(self.requested.store, str):
+            self.memo.leave_store()  # its own, unless a copy of the module shares it
 
 
 def _restored(

@@ -14,7 +14,8 @@ from .batch import Batch, tensors_in
 from .hit import Site
 from .keys import Keyed
 from .keys.tokens import TokenRows, fit_tokens, token_dims, unpad_rows
-from .memo import Bypass, Memo, Options, TokenDims
+from .manifests import TokenDims
+from .memo import Bypass, Memo, Options
 from .modes import without_given_keys
 from .outputs import NotRowsError, rows_of
 from .recipe import Form
@@ -127,6 +128,8 @@ def compute(job: Job, places: list[int], *, check: bool) -> Computed:
         _weights_moved(job, run, moved)
     memo.note_still()
     dims = memo.passed(site.namespace, job.form)
+    if dims is not None and tokens is not None and not _follow_tokens(dims, rows, width):
+        dims = None  # what an earlier run left word of is not true of this output
     if dims is None and (check or tokens is not None or not memo.options.per_row):
         dims = _self_check(job, places, rows, run, width)
     if tokens is None:
@@ -134,6 +137,14 @@ def compute(job: Job, places: list[int], *, check: bool) -> Computed:
     if dims is None:
         _give_up(run)
     return Computed(tuple(unpad_rows(rows, tokens.lengths[places], dims)), keep=True, checked=True)
+
+
+def _follow_tokens(dims: TokenDims, rows: Rows, width: int) -> bool:
+    """Whether these dimensions of the rows are as long as the rows have tokens."""
+    shapes = [shape for _, shape in rows.layout.leaves]
+    return len(dims) == len(shapes) and all(
+        dim < len(shape) and shape[dim] == width for own, shape in zip(dims, shapes, strict=True) for dim in own
+    )
 
 
 def compute_again(job: Job, places: list[int]) -> tuple[Part, ...]:

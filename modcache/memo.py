@@ -13,17 +13,16 @@ from typing import Any, TypeVar
 from .explain import Memory
 from .keys import Extractor
 from .keys.tokens import PaddingWatch
+from .manifests import TokenDims, Word
 from .notices import log, warn
 from .recipe import Form, Recipe
 from .rows import Rows
 from .stats import CallHook, CallReport, Counters, Seconds, Stats
-from .stores import Found, Store
+from .stores import Found, MemoryStore, Store, TieredStore
 
-__all__ = ["Bypass", "Memo", "Options", "TokenDims"]
+__all__ = ["Bypass", "Memo", "Options"]
 
 _NOTHING = object()
-
-TokenDims = tuple[tuple[int, ...], ...]
 
 Known = TypeVar("Known")
 
@@ -76,6 +75,13 @@ def _rename(known: dict[tuple[str, Form], Known], old: str, new: str) -> None:
         known[new, key[1]] = known.pop(key)
 
 
+def _passing(store: Store) -> Store | None:
+    """The part of a store that ends with the process."""
+    if isinstance(store, TieredStore):
+        return _passing(store.front)
+    return store if isinstance(store, MemoryStore) else None
+
+
 class Memo:
     """What all calls of one cached module share; safe in threads.
 
@@ -89,6 +95,7 @@ class Memo:
         self.name = name
         self.options = options
         self.store = store
+        self.word = Word(store, name)
         self.memory = Memory()
         self.padding = PaddingWatch()
         self.hooks: dict[int, CallHook] = {}
@@ -96,6 +103,7 @@ class Memo:
         self._counters = Counters()
         self._lock = threading.Lock()
         self._said: set[str] = set()
+        self._fleeting = False
         self._passed = _passed_in(store)
         self._blocked: dict[Form, str] = {}
         self._unchecked: dict[tuple[str, Form], list[bytes]] = {}
@@ -115,16 +123,33 @@ class Memo:
             dropped = [(key, self._unchecked.pop(key)) for key in list(self._unchecked) if key[1] == form]
         for (namespace, _), keys in dropped:
             self.delete(namespace, keys)
+        for namespace in {namespace for namespace, known in [*self._passed] if known == form}:
+            self._leave_word(namespace, form, None)
 
     def passed(self, namespace: str, form: Form) -> TokenDims | None:
         """The token dimensions of the outputs (mostly none) once a self-check passed, else ``None``."""
-        return None if self._blocked and form in self._blocked else self._passed.get((namespace, form))
+        if self._blocked and form in self._blocked:
+            return None
+        known = self._passed.get((namespace, form))
+        return self._passed_before(namespace, form) if known is None and self.word.lasts else known
 
     def let_pass(self, namespace: str, form: Form, dims: TokenDims) -> None:
         """Calls of this form may serve and store rows of this namespace from now on."""
         with self._lock:
             self._passed[namespace, form] = dims
             self._unchecked.pop((namespace, form), None)
+        self._leave_word(namespace, form, dims)
+
+    def _passed_before(self, namespace: str, form: Form) -> TokenDims | None:
+        """As `passed`, by what an earlier run left word of."""
+        known = self.word.passed(namespace, form)
+        if known is not None:
+            self._passed[namespace, form] = known
+        return known
+
+    def _leave_word(self, namespace: str, form: Form, dims: TokenDims | None) -> None:
+        if self.word.lasts:
+            self._guarded("describing", lambda: self.word.note(namespace, form, dims))
 
     def note_unchecked(self, namespace: str, form: Form, keys: Sequence[bytes]) -> None:
         """Rows were stored although nothing could be checked with them; a failing check drops them."""
@@ -158,25 +183,33 @@ class Memo:
 
     def get(self, namespace: str, keys: Sequence[bytes]) -> tuple[Found, ...]:
         """What the store has of these rows; nothing if it fails."""
-        try:
-            return self.store.get(namespace, keys)
-        except Exception as error:
-            self._store_failed("reading", error)
-            return ()
+        return self._guarded("reading", lambda: self.store.get(namespace, keys)) or ()
 
     def put(self, namespace: str, keys: Sequence[bytes], rows: Rows) -> None:
         """Hand rows to the store; the run goes on if it fails."""
-        try:
-            self.store.put(namespace, keys, rows)
-        except Exception as error:
-            self._store_failed("writing", error)
+        store = self.store if not self._fleeting else _passing(self.store)
+        if store is not None:
+            self._guarded("writing", lambda: store.put(namespace, keys, rows))
+            if self.word.lasts and not self._fleeting:
+                self._guarded("describing", lambda: self.word.told(namespace))
 
     def delete(self, namespace: str, keys: Sequence[bytes] | None = None) -> None:
         """Drop rows from the store; the run goes on if it fails."""
-        try:
-            self.store.delete(namespace, keys)
-        except Exception as error:
-            self._store_failed("deleting", error)
+        self._guarded("deleting", lambda: self.store.delete(namespace, keys))
+
+    def introduce(self, facts: dict[str, Any]) -> None:
+        """A namespace is about to be used: what earlier runs left word of is read, where the store keeps such."""
+        if self.word.lasts:
+            self._guarded("describing", lambda: self.word.introduce(facts))
+
+    def keep_in_memory(self) -> None:
+        """From now on no row is written to where it would outlast the process."""
+        self._fleeting = True
+
+    def leave_store(self) -> None:
+        """Keep nothing of the store, so that it can be given back."""
+        self.store = MemoryStore()
+        self.word = Word(self.store, self.name)
 
     def rename(self, old: str, new: str) -> None:
         """The rows of a namespace, and all that is known of them, belong to another name from now on."""
@@ -191,6 +224,13 @@ class Memo:
             self.delete(old)
         else:
             rename(old, new)
+
+    def _guarded(self, doing: str, act: Callable[[], Known]) -> Known | None:
+        try:
+            return act()
+        except Exception as error:
+            self._store_failed(doing, error)
+            return None
 
     def _store_failed(self, doing: str, error: Exception) -> None:
         self.say(

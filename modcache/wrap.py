@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
@@ -16,6 +17,7 @@ from .errors import LayeredError, NotCachedError, UsageError, UsageTypeError
 from .freezing import freeze_module, thaw
 from .handle import Cache
 from .keys import Extractor, extractor_of
+from .opening import asked_store
 from .stores import Store
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class CacheOptions(TypedDict, total=False):
     """The options of `cached_module`, for type checkers."""
 
     key: str | Extractor | Callable[[Any], object] | None
-    store: Store | None
+    store: Store | str | os.PathLike[str] | None
     prepare: Callable[..., Any] | None
     broadcast: str | Iterable[str]
     per_row: bool
@@ -82,7 +84,8 @@ def cached_module(
         key: what names a row: ``None`` (by type), ``"text"``, ``"path"``, ``"tensor"``, ``"tokens"``, an extractor
             from `modcache.keys`, or a function of a row that returns a bool, int, float, str, bytes, None or a tuple
             of these. Arguments that an extractor does not read stay in the key.
-        store: ``None`` for a `MemoryStore` of its own, or a store, which may serve many modules.
+        store: ``None`` for a `MemoryStore` of its own; the path of a cache directory, made absolute at once, for memory
+            in front of a `DiskStore`; or a store, which may serve many modules.
         prepare: turns rows into inputs of the module, for the missing rows only: gets the arguments of the call with
             these rows; returns a tuple (positional), a mapping (keywords) or one argument.
         broadcast: names of arguments that are the same for all rows although their first size may be the batch's.
@@ -160,8 +163,7 @@ def _requested(
         UsageError, UsageTypeError: naming the option, what it takes, and what was found.
     """
     extractor_of(key)
-    if store is not None and (isinstance(store, type) or not isinstance(store, Store)):
-        raise UsageTypeError(f"store must be None, or a store such as MemoryStore(...); found {store!r}")
+    store = asked_store(store)
     if prepare is not None and not callable(prepare):
         raise UsageTypeError(f"prepare must be a function of rows that returns inputs of the module; found {prepare!r}")
     names = (

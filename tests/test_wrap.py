@@ -352,7 +352,7 @@ def test_the_manifest_of_a_package_that_is_not_installed(monkeypatch):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("modcache.attached.version", missing)
+    monkeypatch.setattr("modcache.manifests.version", missing)
     layer = cached_module(frozen_linear())
     layer(BATCH)
 

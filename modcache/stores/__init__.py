@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .memory import MemoryStore
-from .protocol import Found, Store, StoreStats
+from .protocol import Describes, Found, Store, StoreStats
 from .tiered import TieredStore
 
-__all__ = ["Found", "MemoryStore", "Store", "StoreStats", "TieredStore"]
+__all__ = ["Describes", "Found", "MemoryStore", "Store", "StoreStats", "TieredStore"]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
 
     from ..rows import Rows
 
-__all__ = ["Found", "Store", "StoreStats"]
+__all__ = ["Describes", "Found", "Store", "StoreStats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,8 @@ class Store(Protocol):
 
     - ``contains(namespace, row_keys)``: a boolean array, without gathering a row and without counting as use;
     - ``retire(namespace)``: its rows are the first to go when room is needed, until the next get or put;
-    - ``rename(old, new)``: all rows of one namespace belong to another name from now on.
+    - ``rename(old, new)``: all rows of one namespace belong to another name from now on;
+    - those of `Describes`, by which the rows of earlier processes explain themselves.
     """
 
     def get(self, namespace: str, row_keys: Sequence[bytes]) -> tuple[Found, ...]:
@@ -93,3 +94,20 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Gives back what the store holds; afterwards it finds nothing and admits nothing."""
+
+
+@runtime_checkable
+class Describes(Protocol):
+    """The ability to keep a readable manifest beside the rows of a namespace."""
+
+    def describe(self, namespace: str, facts: Mapping[str, Any]) -> None:
+        """Keeps the facts, JSON values all; those of an earlier call stay unless they are named again.
+
+        The mapping under ``"checked"`` is merged in the same way, entry by entry.
+        """
+
+    def manifest(self, namespace: str) -> dict[str, Any] | None:
+        """What was described of a namespace, by any process."""
+
+    def manifests(self) -> dict[str, dict[str, Any]]:
+        """All manifests, by namespace."""
