@@ -46,18 +46,6 @@ ADMISSION: Final = "admission"
 _NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 # A pipe that somebody put in a file's place must not block whoever opens it.
 _SAFE: Final = _NO_FOLLOW | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
-_FOLDER: Final = "rows"
-WRITERS_FOLDER: Final = "writers"
-CATALOGUE: Final = "catalogue"
-"""The folder of the catalogue, within a cache directory."""
-MANIFEST: Final = "manifest.json"
-"""The description of a namespace, within its folder."""
-ADMISSION: Final = "admission"
-"""The file in the folder of writers that is locked while room is made."""
-
-_NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
-# A pipe that somebody put in a file's place must not block whoever opens it.
-_SAFE: Final = os.O_CLOEXEC | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0) if hasattr(os, "O_CLOEXEC") else 0
 _FOLDER: Final = re.compile(r"[0-9a-f]{32}|~[0-9a-f]{32}")
 _WRITER: Final = re.compile(r"[0-9a-f]{16}")
 _SEGMENT: Final = re.compile(r"([0-9a-f]{16})-([0-9]{6})\.(rows|log)")
