@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import enum
-import functools
 import itertools
 import operator
+import types
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,6 @@ from .probe import SETS, DeviceProbe, HostProbe
 from .walk import GLOBAL_HOOKS, Walk, submodules
 
 if TYPE_CHECKING:
-    import types
     from collections.abc import Callable, Iterable
 
 _chain = itertools.chain.from_iterable
@@ -31,13 +30,12 @@ _requires_grad = operator.attrgetter("requires_grad")
 _forward = operator.attrgetter("forward")
 _contents = operator.attrgetter("cell_contents")
 _code = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_body = types.MappingProxyType.values
 _INSIDE = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
 _inside = operator.itemgetter(*_INSIDE)
 _PARTS = 16
 LATE_WITHIN = max(_PARTS, SETS)
 """After how many checks a late move is noticed at the latest, if anything that is looked at shows it."""
-_FUNCTIONS_AT_ONCE = 8
-_MODULES_AT_ONCE = 8
 
 
 class Moved(enum.Enum):
@@ -180,30 +178,20 @@ class Watch:
         The code and defaults of functions (a reloader puts new code into old functions), the bodies of
         installed classes besides ``forward``, and what a torch layer's own ``forward`` does not read.
         """
-        functions = list(found.seen.functions.values())
-        looks: list[Callable[[], tuple[object, ...]]] = [
-            functools.partial(_codes, functions[at : at + _FUNCTIONS_AT_ONCE])
-            for at in range(0, len(functions), _FUNCTIONS_AT_ONCE)
+        places: list[tuple[Callable[[Any], Iterable[object]], Any]] = [
+            (_code, function) for function in found.seen.functions.values()
         ]
         theirs = [cls for cls in found.seen.classes.values() if cls not in found.seen.busy and installed_class(cls)]
-        looks += [functools.partial(_body, cls) for cls in theirs]
-        idle = [(_getter(names), vars(found.modules[name])) for name, names in found.idle.items() if name]
-        for at in range(0, len(idle), _MODULES_AT_ONCE):
-            looks.append(functools.partial(_fetched, idle[at : at + _MODULES_AT_ONCE]))
-        size = -(-len(looks) // _PARTS) if looks else 1
-        self._parts = [looks[at : at + size] for at in range(0, len(looks), size)]
-        self._part_values = [[look() for look in part] for part in self._parts]
+        places += [(_body, vars(cls)) for cls in theirs]
+        places += [(_getter(names), vars(found.modules[name])) for name, names in found.idle.items() if name]
+        self._parts = _even_parts(places)
+        self._part_values = [list(_fetched(part)) for part in self._parts]
 
     def same_in_turn(self, turn: int) -> bool:
         """Whether this turn's part of what hardly ever changes is the same."""
-        if not self._parts:
-            return True
-        number = turn % len(self._parts)
-        for look, values in zip(self._parts[number], self._part_values[number], strict=True):
-            now = look()
-            if len(now) != len(values) or not all(map(_is, now, values)):
-                return False
-        return True
+        number = turn % _PARTS
+        now, values = list(_fetched(self._parts[number])), self._part_values[number]
+        return len(now) == len(values) and all(map(_is, now, values))
 
     # --- flags ---
 
@@ -344,16 +332,22 @@ def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[object, ...]]:
     return operator.itemgetter(*names) if len(names) > 1 else operator.itemgetter(names[0], names[0])
 
 
-def _codes(functions: list[types.FunctionType]) -> tuple[object, ...]:
-    return tuple(_chain(map(_code, functions)))
+_Places = list[tuple["Callable[[Any], Iterable[object]]", Any]]
 
 
-def _body(cls: type) -> tuple[object, ...]:
-    return tuple(vars(cls).values())
+def _fetched(places: _Places) -> Iterable[object]:
+    return _chain([get(place) for get, place in places])
 
 
-def _fetched(idle: list[tuple[Callable[[Any], tuple[object, ...]], dict[str, Any]]]) -> tuple[object, ...]:
-    return tuple(_chain([get(inner) for get, inner in idle]))
+def _even_parts(places: _Places) -> list[_Places]:
+    """The places in parts that hold about as many values each, so that no turn takes much longer than another."""
+    parts: list[_Places] = [[] for _ in range(_PARTS)]
+    sizes = [0] * _PARTS
+    for size, number in sorted(((len(list(get(place))), at) for at, (get, place) in enumerate(places)), reverse=True):
+        least = sizes.index(min(sizes))
+        parts[least].append(places[number])
+        sizes[least] += size
+    return parts
 
 
 def _nothing(_: object) -> tuple[object, ...]:
