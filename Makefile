@@ -11,12 +11,13 @@ PIP  := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # No model or data set is fetched while a command runs: what is needed comes inside packages.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test bench clean
+.PHONY: help demo test soak bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a classifier on a frozen encoder, without and with the cache"
 	@echo "make test    lint, types and tests"
+	@echo "make soak    the tests that take minutes: many processes, thousands of kills"
 	@echo "make bench   measure the speed, side by side with other libraries"
 	@echo "make clean   remove the environment and everything that the commands made"
 
@@ -28,6 +29,9 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest --cov=modcache --cov-branch --cov-fail-under=98
+
+soak: $(VENV)/.test
+	MODCACHE_SOAK=1 $(BIN)/pytest -m soak
 
 # The number of threads is fixed, so that two runs on one machine can be compared.
 bench: $(VENV)/.test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import threading
 import time
@@ -32,6 +33,14 @@ _POOLS = ("modcache-digest",)
 
 _PATIENCE = 5.0
 _OPEN_FILES = Path("/proc/self/fd")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes unless it is asked for."""
+    if os.environ.get("MODCACHE_SOAK") != "1":
+        long = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
 
 
 @pytest.fixture(scope="session", autouse=True)
