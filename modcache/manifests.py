@@ -15,6 +15,7 @@ from .fingerprint import Fingerprint
 from .notices import log
 from .recipe import Form
 from .stores import Describes, Store
+from .stores.disk.manifest import differences
 from .tensors import NoContentError
 
 __all__ = ["TokenDims", "Word", "facts_of"]
@@ -130,8 +131,6 @@ class Word:
         assert self._store is not None
         others = [other for other in self._store.manifests().values() if other.get("class") == facts["class"]]
         if others:
-            from .stores.disk.manifest import differences
-
             nearest = min((differences(facts, other) for other in others), key=len)
             log.info(
                 "%s: the store has rows of this class under another fingerprint; what differs: %s",

@@ -1,6 +1,7 @@
 """A store that keeps manifests is told what its rows are, and spares the next process a self-check."""
 
 import gc
+import logging
 import weakref
 
 import pytest
@@ -161,6 +162,16 @@ def test_weights_that_are_trained_are_not_written():
         assert torch.equal(cached(BATCH), fresh)
     assert store.stats().rows == before == 4
     assert cache_of(cached).stats.hits == 4
+
+
+def test_a_surprise_explains_itself(caplog):
+    """One log line says what differs when the same class has rows under another fingerprint."""
+    store = Keeping()
+    cached_module(encoder(0), freeze=True, store=store)(BATCH)
+    with caplog.at_level(logging.INFO, "modcache"):
+        cached_module(encoder(1), freeze=True, store=anew(store))(BATCH)
+    (line,) = [record.getMessage() for record in caplog.records if "another fingerprint" in record.getMessage()]
+    assert "weights" in line
 
 
 def test_a_manifest_keeps_no_module_alive():
