@@ -90,6 +90,31 @@ class KeyIndex:
         if len(self._young) > self._merge_at:
             self._merge()
 
+    def find_joined(self, joined: bytes) -> Places:
+        """The place of each of many keys that stand one behind the other, -1 where it is absent."""
+        if not self._old.live:
+            return self.find(cut_keys(joined))
+        entries = self._old.find(joined)
+        places: Places = np.where(entries < 0, ABSENT, self._old.places.take(entries, mode="clip"))
+        if self._young:
+            absent = np.flatnonzero(entries < 0)
+            keys = cut_keys(_words(joined)[absent].tobytes())
+            places[absent] = _pack(map(self._young.get, keys, repeat(ABSENT)), len(keys))
+        return places
+
+    def set_joined(self, joined: bytes, places: Places) -> None:
+        """As `set`, for many keys that stand one behind the other: a fourth of the time for a million new ones."""
+        words = _words(joined)
+        if len(words) < self._newest or len(np.unique(words[:, 0])) < len(words):
+            self.set(cut_keys(joined), places)
+            return
+        new = self.find_joined(joined) < 0
+        if not new.all():
+            known = np.flatnonzero(~new)
+            self.set(cut_keys(words[known].tobytes()), places[known])
+            words, places = words[new], places[new]
+        self._take_in(words, places)
+
     def delete(self, keys: Sequence[bytes]) -> Places:
         """Forgets keys; where each lay, -1 where it was absent (also for the second of two equal keys)."""
         pop = self._young.pop
@@ -106,13 +131,17 @@ class KeyIndex:
     def _merge(self) -> None:
         words, places = _words(b"".join(self._young)), np.fromiter(self._young.values(), np.int64)
         self._young = {}
+        self._take_in(words, places)
+        # Keys that found their bucket full are tried again, but not so often that it would cost a square.
+        self._merge_at = max(self._newest, 2 * len(self._young))
+
+    def _take_in(self, words: _Words, places: Places) -> None:
+        """Keys that are not in the table go there, or into the dict where their bucket is full."""
         for left, left_places in (
             self._old.make_room(len(words)),
             *(self._old.insert(words[i : i + _CHUNK], places[i : i + _CHUNK]) for i in range(0, len(words), _CHUNK)),
         ):
             self._young.update(zip(cut_keys(left.tobytes()), left_places.tolist(), strict=True))
-        # Keys that found their bucket full are tried again, but not so often that it would cost a square.
-        self._merge_at = max(self._newest, 2 * len(self._young))
 
 
 def cut_keys(joined: bytes) -> list[bytes]:

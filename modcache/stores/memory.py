@@ -14,7 +14,7 @@ from ..errors import UsageError, UsageTypeError
 from .account import Account
 from .budget import Budget, shared_budget
 from .columns import columns_on
-from .index import KEY_BYTES, Places
+from .incoming import check_batch, last_of_each
 from .protocol import Found, StoreStats
 from .recency import Recency
 from .shelf import Shelf
@@ -108,7 +108,7 @@ class MemoryStore:
 
     def put(self, namespace: str, row_keys: Sequence[bytes], rows: Rows) -> int:
         """Keeps as many of the rows as the bound lets in; how many."""
-        _check_batch(row_keys, rows)
+        check_batch(row_keys, rows)
         with self._changing() as allowed:
             if not allowed or not row_keys:
                 return 0
@@ -205,7 +205,7 @@ class MemoryStore:
 
     def _admit(self, shelf: Shelf, batch: Batch) -> int:
         row_bytes = batch.rows.layout.row_bytes
-        chosen = _last_of_each(batch.keys)
+        chosen = last_of_each(batch.keys)
         places = shelf.find(batch.keys_at(chosen))
         same = shelf.overwrite(places, batch, chosen)
         # A row of another layout goes now: also when the new one is refused, the old one is no longer right.
@@ -302,23 +302,6 @@ class MemoryStore:
 
 def _slab(make_column: Callable[..., Column], max_bytes: int, layout: Layout) -> Slab:
     return Slab(layout, functools.partial(make_column, most=Account().fitting(layout.row_bytes, max_bytes)))
-
-
-def _last_of_each(keys: Sequence[bytes]) -> Places:
-    """The places of the keys, ascending, of equal keys only the last."""
-    last = dict(zip(keys, range(len(keys)), strict=False))
-    if len(last) == len(keys):
-        return np.arange(len(keys))
-    return np.sort(np.fromiter(last.values(), np.int64, len(last)))
-
-
-def _check_batch(keys: Sequence[bytes], rows: Rows) -> None:
-    odd = {len(key) for key in keys} - {KEY_BYTES}
-    if odd:
-        raise UsageError(f"A row key is {KEY_BYTES} bytes, but one of {odd.pop()} bytes was given.")
-    counts = {len(tensor) for tensor in rows.tensors}
-    if counts - {len(keys)}:
-        raise UsageError(f"There are {len(keys)} row keys, but tensors of {sorted(counts)} rows.")
 
 
 def _checked_bound(max_bytes: int | None) -> int | None:
