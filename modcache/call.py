@@ -92,6 +92,8 @@ def call(
 def _remember(memo: Memo, outline: Outline | None, number: int, job: Job) -> None:
     if outline is None or not memo.options.per_row:
         return
+    if job.keyed.tokens is None and not (job.keyed.given or memo.options.extractor.reads_alike(job.batch)):
+        return
     recipe = recipe_of(job.batch, job.keyed, job.form, job.home, [*job.arguments.args, *job.arguments.kwargs.values()])
     if recipe is not None:
         if len(memo.recipes) >= _RECIPES:

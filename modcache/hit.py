@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from .keys import Given
+from .keys.tokens import pad_rows
 from .memo import Memo
 from .modes import current_mode
-from .outputs import UnknownClassError, tree_of
+from .outputs import UnknownClassError, token_dims_of, tree_of
 from .recipe import Outline, Recipe, outline_of
+from .rows import Rows
 from .stores import Found
 from .tensors import NoContentError
 
@@ -67,15 +69,25 @@ def hit(
         keys = recipe.keys(args, kwargs, given)
     except NoContentError:
         return Missed(outline)
+    if keys is None:
+        return Missed(outline)
     keyed_at = perf_counter()
     try:
         found = memo.store.get(site.namespace, keys)
     except Exception:  # `call` asks again, and says what is wrong
         return Missed(outline)
-    if len(found) != 1 or len(found[0].positions) != recipe.size or memo.passed(site.namespace, recipe.form) is None:
+    if memo.passed(site.namespace, recipe.form) is None:
         return Missed(outline, recipe, keys, found)
     try:
-        output = tree_of(found[0].rows, recipe.home)
+        if recipe.tokens is not None:
+            rows = _padded(found, recipe.size, recipe.tokens.like.width)
+        elif len(found) == 1 and len(found[0].positions) == recipe.size:
+            rows = found[0].rows
+        else:
+            rows = None
+        if rows is None:
+            return Missed(outline, recipe, keys, found)
+        output = tree_of(rows, recipe.home)
     except UnknownClassError:
         return Missed(outline, recipe, keys)
     size = recipe.size
@@ -84,3 +96,12 @@ def hit(
 
 
 _NOTHING = Missed()
+
+
+def _padded(found: tuple[Found, ...], size: int, width: int) -> Rows | None:
+    """The rows of a call padded to its width, or ``None`` unless all of them were found and go together."""
+    if sum([len(part.positions) for part in found]) != size:
+        return None
+    if len(found) == 1 and not any(token_dims_of(found[0].rows.layout.tree)):
+        return found[0].rows
+    return pad_rows(size, width, [(part.positions, part.rows) for part in found])

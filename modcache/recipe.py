@@ -14,6 +14,7 @@ from .digest import digest, encode
 from .keys import Given, Keyed, given_keyed_as
 from .keys.given import given_keys
 from .keys.parts import Meta, Part, Texts, Values, row_keys, text_digests
+from .keys.tokens import TokenPlaces, token_places
 from .row_digests import plain_row_digests, tensor_row_digests
 from .tensors import NoContentError, is_plain
 
@@ -89,6 +90,7 @@ class Recipe(NamedTuple):
         places: for each per-row argument, its place among the values of the call; ``None`` where the caller gives
             the keys.
         plain: whether its first argument is a tensor of which bytes and values are the same thing.
+        tokens: where its token rows are, if padding is not part of its rows.
     """
 
     size: int
@@ -98,9 +100,10 @@ class Recipe(NamedTuple):
     seed: int
     places: tuple[int, ...] | None
     plain: bool
+    tokens: TokenPlaces | None = None
 
-    def keys(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None) -> list[bytes]:
-        """The keys of the rows of a call of this outline.
+    def keys(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None) -> list[bytes] | None:
+        """The keys of the rows of a call of this outline; ``None`` if this call is to be looked at in full.
 
         Raises:
             NoContentError: the values of a tensor cannot be read.
@@ -108,6 +111,8 @@ class Recipe(NamedTuple):
         """
         if given is not None:
             return given_keys(given.keys, self.size, self.seed, given.source)
+        if self.tokens is not None:
+            return self.tokens.keys((*args, *kwargs.values()), self.seed)
         if self.places == (0,) and args:
             value = args[0]
             if type(value) is not torch.Tensor:
@@ -118,10 +123,11 @@ class Recipe(NamedTuple):
     def parts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Part, ...]:
         """The per-row arguments of a call of this outline, as what their keys are made of."""
         values = (*args, *kwargs.values())
+        metas = self.metas if self.tokens is None else self.tokens.metas
         return tuple(
             [
                 Values(meta, value) if type(value := values[place]) is torch.Tensor else Texts(meta, value)
-                for place, meta in zip(self.places or (), self.metas, strict=True)
+                for place, meta in zip(self.places or (), metas, strict=True)
             ]
         )
 
@@ -129,7 +135,8 @@ class Recipe(NamedTuple):
         """The keys of a call of this outline with what they are made of."""
         if given is not None:
             return given_keyed_as(given, self.size, self.metas, self.seed)
-        return Keyed(keys, self.seed, self.metas, self.parts(args, kwargs))
+        tokens = None if self.tokens is None else self.tokens.tokens((*args, *kwargs.values()))
+        return Keyed(keys, self.seed, self.metas, self.parts(args, kwargs), tokens)
 
 
 def recipe_of(batch: Batch, keyed: Keyed, form: Form, home: torch.device, values: list[object]) -> Recipe | None:
@@ -148,11 +155,14 @@ def recipe_of(batch: Batch, keyed: Keyed, form: Form, home: torch.device, values
         return None  # a bare text is one row, and a recipe takes the characters of a text for rows
     if keyed.given:
         return Recipe(batch.size, form, home, keyed.metas, keyed.seed, None, plain=False)
-    if keyed.tokens is not None or not all(isinstance(part, Values | Texts) for part in keyed.parts):
+    if not all(isinstance(part, Values | Texts) for part in keyed.parts):
         return None
     at = {id(value): place for place, value in enumerate(values)}
     places = tuple(at.get(id(column.value), -1) for column in batch.columns)
     twice = len(set(places)) < len(places)  # one object given as two arguments
     if twice or -1 in places:
         return None
-    return Recipe(batch.size, form, home, keyed.metas, keyed.seed, places, plain=is_plain(values[0]))
+    tokens = None if keyed.tokens is None else token_places(batch, keyed.tokens, places)
+    if keyed.tokens is not None and tokens is None:
+        return None
+    return Recipe(batch.size, form, home, keyed.metas, keyed.seed, places, is_plain(values[0]), tokens)

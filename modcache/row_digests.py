@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import os
@@ -14,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .digest import digest
-from .tensors import memory_of, settled
+from .tensors import memory_of, plain_memory, settled
 
 __all__ = ["plain_row_digests", "row_digests", "tensor_row_digests"]
 
@@ -36,19 +35,12 @@ def tensor_row_digests(tensor: torch.Tensor, seed: int) -> list[bytes]:
 
 
 def plain_row_digests(tensor: torch.Tensor, seed: int) -> list[bytes]:
-    """What `tensor_row_digests` gives, for a tensor of an outline that was seen to be plain.
-
-    A hit is as quick as the number of torch's functions that it touches is small: after a large gather each of them
-    has to come from far memory again. So what an outline says already is not asked anew.
-    """
-    address = tensor.data_ptr()  # raises for a tensor without memory, is 0 for memory that was freed
-    if not (address and tensor.is_contiguous()) or tensor.is_neg():
+    """What `tensor_row_digests` gives, for a tensor of an outline that was seen to be plain."""
+    memory = plain_memory(tensor)
+    if memory is None:
         return tensor_row_digests(tensor, seed)
-    count, size = tensor.shape[0], tensor.nbytes
-    if tensor.untyped_storage().nbytes() < size + tensor.storage_offset() * tensor.itemsize:
-        return tensor_row_digests(tensor, seed)  # its storage was made smaller; that says so
-    memory = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
-    return row_digests(memory, count, size // count, seed)
+    count = tensor.shape[0]
+    return row_digests(memory, count, len(memory) // count, seed)
 
 
 def _lies_ready(tensor: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-__all__ = ["NoContentError", "is_ordinary", "is_plain", "is_readable", "memory_of", "settled"]
+__all__ = ["NoContentError", "is_ordinary", "is_plain", "is_readable", "memory_of", "plain_memory", "settled"]
 
 
 class NoContentError(Exception):
@@ -85,3 +85,18 @@ def is_plain(value: object) -> bool:
         and not (value.is_quantized or value.is_nested or value.is_complex())
         and value.nbytes > 0
     )
+
+
+def plain_memory(tensor: torch.Tensor) -> memoryview | None:
+    """The bytes of a tensor whose dtype and layout were seen to be plain, or ``None`` unless they lie ready.
+
+    A hit is as quick as the number of torch's functions that it touches is small: after a large gather each of them
+    has to come from far memory again. So what `is_plain` said of a tensor like this one is not asked anew.
+    """
+    address = tensor.data_ptr()  # raises for a tensor without memory, is 0 for memory that was freed
+    if not (address and tensor.is_contiguous()) or tensor.is_neg():
+        return None
+    size = tensor.nbytes
+    if tensor.untyped_storage().nbytes() < size + tensor.storage_offset() * tensor.itemsize:
+        return None  # its storage was made smaller
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")

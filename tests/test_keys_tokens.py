@@ -20,6 +20,7 @@ from modcache.keys.tokens import (
     token_dims,
     token_keys,
     token_metas,
+    token_places,
     unpad_rows,
 )
 from modcache.outputs import rows_of, token_dims_of, tree_of
@@ -272,6 +273,98 @@ def test_texts_hit_whatever_their_neighbours():
     cached(*padded([[1, 2], [3, 4, 5], [6]]))
     cached(*padded([[1, 2], [6]]))
     assert cache_of(cached).stats.hits == 2
+
+
+# --- calls of one outline -------------------------------------------------------------------------------
+
+
+def places_of(batch):
+    return token_places(batch, find_tokens(batch), range(len(batch.columns)))
+
+
+@given(sentences, sentences, st.sampled_from([torch.bool, torch.uint8, torch.int32, torch.int64]))
+def test_calls_of_one_outline_are_keyed_the_same_in_short(rows, others, dtype):
+    """What one call says of where its token rows are gives the keys of the next one of the same shapes."""
+    count = min(len(rows), len(others))
+    first, second = (with_types(each[:count], dtype) for each in (rows, others))
+    places = places_of(first)
+    values = [column.value for column in second.columns]
+    assert places.keys(values, 7) == token_keys(second, find_tokens(second), 7)
+    assert places.tokens(values).lengths.tolist() == list(map(len, others[:count]))
+    assert places.tokens(values)[1:] == find_tokens(second)[1:]
+
+
+def with_types(rows, dtype):
+    ids, mask = padded(rows, 4, dtype)
+    return batch_of(ids, mask, token_type_ids=ids.flip(0) + 1)
+
+
+@pytest.mark.parametrize("kind", OTHER_MASKS)
+def test_a_mask_of_another_kind_is_seen_in_a_known_outline(kind):
+    """Whether a mask pads on the right is looked at in every call."""
+    places = places_of(batch_of(*padded([[1, 2], [3]], 3)))
+    assert places.keys((torch.ones(2, 3, dtype=torch.int64), torch.tensor(OTHER_MASKS[kind])), 0) is None
+    assert places.keys((torch.ones(2, 3, dtype=torch.int64), torch.ones(3, 2, dtype=torch.int64).t()), 0) is None
+    assert places.keys((torch.ones(3, 2, dtype=torch.int64).t(), torch.ones(2, 3, dtype=torch.int64)), 0) is None
+
+
+def test_what_an_outline_does_not_tell():
+    """Columns that are per token by their values, masks that numpy has no dtype for, and lists are looked at anew."""
+    ids, mask = padded([[1, 2], [3]])
+    assert places_of(batch_of(ids, mask)) is not None
+    assert places_of(batch_of(ids, mask, clean=mask.float())) is None
+    assert places_of(batch_of(ids, mask, label=torch.zeros(2))) is None
+    assert places_of(batch_of(ids, mask, names=["a", "b"])) is None
+    assert places_of(batch_of(ids, mask.bfloat16())) is None
+
+
+class WithMore(TokenEncoder):
+    """Adds the sum of something that each row has."""
+
+    def forward(self, input_ids, attention_mask, more=None):
+        found = super().forward(input_ids, attention_mask)["tokens"]
+        return found if more is None else found + more.sum(1)[:, None, None] * attention_mask[:, :, None]
+
+
+def masks_in_turn():
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    yield ids, torch.tensor([[1, 1, 0], [1, 1, 1]])
+    yield from ((ids, torch.tensor(OTHER_MASKS[kind])) for kind in ("left", "holey", "weights"))
+    yield ids, torch.ones(3, 2, dtype=torch.int64).t()
+    yield strided_twin(ids), torch.tensor([[1, 0, 0], [1, 1, 0]])
+
+
+def strided_twin(ids):
+    return torch.stack([ids, ids], 2)[..., 0]
+
+
+def more_in_turn():
+    for ids, mask in masks_in_turn():
+        yield ids, mask, mask.float()
+        yield ids, mask, torch.ones(2, 3)
+        yield ids, mask, torch.tensor([[1.0], [2.0]])
+
+
+@pytest.mark.parametrize("calls", [masks_in_turn, more_in_turn])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_calls_of_all_kinds_in_turn(calls, reverse):
+    """Whatever calls of the same shapes came before, each gives what the plain module gives."""
+    plain = WithMore().requires_grad_(False).eval()
+    cached = WithMore()
+    cached.load_state_dict(plain.state_dict())
+    cached_module(cached, freeze=True, key="tokens")
+    each = list(calls())[:: -1 if reverse else 1]
+    for call in each * 3:
+        torch.testing.assert_close(cached(*call), plain(*call), rtol=0, atol=0)
+    assert cache_of(cached).stats.bypassed == 0
+
+
+def test_a_known_outline_with_some_rows_stored():
+    """Of a batch of a known outline only the rows that are missing are computed."""
+    cached = cached_module(TokenEncoder(), freeze=True, key="tokens")
+    for rows in ([[1, 2], [3, 4, 5], [6]], [[1, 2], [3, 4, 7], [6]], [[6], [3, 4, 7], [1, 2]]):
+        cached(*padded(rows, 3))
+    assert (cache_of(cached).stats.computed, cache_of(cached).stats.hits) == (4, 5)
 
 
 # --- noticing that the option would help ----------------------------------------------------------------

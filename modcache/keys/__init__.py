@@ -85,6 +85,10 @@ class Extractor:
         """Whether there is anything in the batch that this extractor is for."""
         return True
 
+    def reads_alike(self, batch: Batch) -> bool:
+        """Whether calls of the same outline as this one are all read in the same way."""
+        return True
+
     def __call__(self, bound: Bound, batch: Batch) -> Keyed:
         """The keys of the rows of a call.
 
@@ -155,6 +159,10 @@ class _Tokens(Extractor):
 
     def reads(self, batch: Batch) -> bool:
         return any(name_of(column.path) == "input_ids" for column in batch.columns)
+
+    def reads_alike(self, batch: Batch) -> bool:
+        names = {name_of(column.path) for column in batch.columns}
+        return not {"input_ids", "attention_mask"} <= names  # else it goes by what the mask says
 
     def __call__(self, bound: Bound, batch: Batch) -> Keyed:
         found = find_tokens(batch)

@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ from ..batch import Batch, Column
 from ..digest import digest
 from ..outputs import UnknownClassError, token_dims_of, with_token_dims
 from ..rows import Layout, Rows, bytes_of, tensor_of
-from ..tensors import NoContentError, is_readable, memory_of, settled
+from ..tensors import NoContentError, is_plain, is_readable, memory_of, plain_memory, settled
 from .parts import Meta, part_of
 
 __all__ = [
     "PaddingWatch",
+    "TokenPlaces",
     "TokenRows",
     "find_tokens",
     "fit_tokens",
@@ -28,6 +29,7 @@ __all__ = [
     "token_dims",
     "token_keys",
     "token_metas",
+    "token_places",
     "unpad_rows",
 ]
 
@@ -35,8 +37,7 @@ _PER_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids", "positi
 """Arguments whose values beyond a row's length are padding by definition."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRows:
+class TokenRows(NamedTuple):
     """Which columns of a batch are per token, and how long each row is.
 
     Args:
@@ -89,12 +90,12 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 def _right_padded(mask: np.ndarray) -> np.ndarray | None:
     """The length of each row of a mask of ones followed by zeros, or ``None`` if it is another kind of mask."""
     ones = mask == 1
-    if not mask.shape[1] or not np.array_equal(ones, mask != 0):
+    if not mask.shape[1] or not ones[:, 0].all():
         return None
-    if not ones[:, 0].all() or (ones[:, 1:] > ones[:, :-1]).any():
-        return None
-    lengths: np.ndarray = np.count_nonzero(ones, axis=1).astype(np.int64)
-    return lengths
+    lengths: np.ndarray = ones.argmin(axis=1)  # where the first one that is missing would be; a quarter of a sum's time
+    lengths[lengths == 0] = mask.shape[1]
+    others = np.count_nonzero(ones) - lengths.sum(), np.count_nonzero(mask) - lengths.sum()
+    return None if any(others) else lengths
 
 
 def _is_per_token(column: Column, lengths: np.ndarray, width: int) -> bool:
@@ -136,15 +137,73 @@ def token_keys(batch: Batch, tokens: TokenRows, seed: int) -> list[bytes]:
         for column in batch.columns
         if column.path in tokens.paths and column.path != tokens.mask
     ]
-    views = [(memory_of(values), values[0].numel() * values.element_size()) for values in held]
     rest = [part_of(column).digests(0) for column in batch.columns if column.path not in tokens.paths]
-    lengths = tokens.lengths.tolist()
+    return _unpadded_keys([memory_of(values) for values in held], rest, tokens.lengths, tokens.width, seed)
+
+
+def _unpadded_keys(
+    held: Sequence[memoryview], rest: Sequence[list[bytes]], lengths: np.ndarray, width: int, seed: int
+) -> list[bytes]:
+    count, own = len(lengths), lengths.tolist()
     pieces = [
-        [memory[at : at + width // tokens.width * length] for at, length in zip(itertools.count(0, width), lengths)]
-        for memory, width in views
+        [memory[at : at + size * length] for at, length in zip(itertools.count(0, size * width), own)]
+        for memory, size in ((memory, len(memory) // (count * width)) for memory in held)
     ]
     rows = pieces[0] if len(pieces) == 1 and not rest else map(b"".join, zip(*pieces, *rest, strict=True))
     return list(map(digest, rows, itertools.repeat(seed)))
+
+
+class TokenPlaces(NamedTuple):
+    """Where the token rows of calls of one outline are, whose tensors are plain and all per token by their names.
+
+    Args:
+        like: the token rows of such a call.
+        held: places among the values of a call of what is per token, in the order of the columns, without the mask.
+        mask: the place of the mask.
+        metas: what the rows of each column have in common, with the padding.
+    """
+
+    like: TokenRows
+    held: tuple[int, ...]
+    mask: int
+    metas: tuple[Meta, ...]
+
+    def tokens(self, values: Sequence[torch.Tensor]) -> TokenRows | None:
+        """The token rows of a call of this outline, or ``None`` if its mask is of another kind."""
+        mask = values[self.mask]
+        memory = plain_memory(mask)
+        if memory is None:
+            return None
+        lengths = _right_padded(np.frombuffer(memory, _MASKS[mask.dtype]).reshape(mask.shape))
+        return None if lengths is None else TokenRows(lengths, *self.like[1:])
+
+    def keys(self, values: Sequence[torch.Tensor], seed: int) -> list[bytes] | None:
+        """What `token_keys` gives for a call of this outline, or ``None`` if it is to be looked at in full."""
+        tokens = self.tokens(values)
+        held = [plain_memory(values[place]) for place in self.held]
+        if tokens is None or None in held:
+            return None
+        return _unpadded_keys(held, (), tokens.lengths, tokens.width, seed)  # type: ignore[arg-type]  # none is None
+
+
+_MASKS = {torch.bool: np.bool_, torch.uint8: np.uint8, torch.int32: np.int32, torch.int64: np.int64}
+
+
+def token_places(batch: Batch, tokens: TokenRows, places: Sequence[int]) -> TokenPlaces | None:
+    """Where the token rows of such calls are, or ``None`` if that takes more than their outline.
+
+    Args:
+        batch: the call as rows.
+        tokens: its token rows.
+        places: the place of each column among the values of the call.
+    """
+    at = {column.path: place for column, place in zip(batch.columns, places, strict=True)}
+    named = all(column.path in tokens.paths and name_of(column.path) in _PER_TOKEN for column in batch.columns)
+    mask = next(column.value for column in batch.columns if column.path == tokens.mask)
+    if not named or mask.dtype not in _MASKS or not all(is_plain(column.value) for column in batch.columns):
+        return None
+    held = tuple(place for path, place in at.items() if path != tokens.mask)
+    return TokenPlaces(tokens, held, at[tokens.mask], tuple(part_of(column).meta for column in batch.columns))
 
 
 # --- around the run -------------------------------------------------------------------------------------
