@@ -200,14 +200,24 @@ def loss_of(found: Any) -> torch.Tensor | None:
 
 
 def what_feeds(case: Case) -> Fed:
-    """Ask autograd, on a fresh model, which parameters and which modules' outputs the cut's arguments come from."""
+    """Ask autograd, on a fresh model, which parameters and which modules' outputs the cut's arguments come from.
+
+    Inputs require grad, too, so that a dropout of an input is seen; there are models that cannot have that.
+    """
+    try:
+        return _what_feeds(case, inputs_too=True)
+    except AssertionError:
+        return _what_feeds(case, inputs_too=False)
+
+
+def _what_feeds(case: Case, *, inputs_too: bool) -> Fed:
     model = case.fresh()
     model.train(case.trains)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     batch = case.batch(range(case.size))
     for tensor in tensors(batch):
-        if tensor.is_floating_point():
+        if inputs_too and tensor.is_floating_point():
             tensor.requires_grad_()
     outputs: list[tuple[str, Any]] = []
     graph: set[Any] = set()
@@ -234,7 +244,8 @@ def what_feeds(case: Case) -> Fed:
         try:
             call(model, batch)
         except Exception:
-            graph.add(None)
+            # Above the cut all that is asked for is known.
+            assert graph, f"the plain {case.name} raises before the cut"
     accumulated = {node.variable for node in graph if hasattr(node, "variable")}
     given = {id(tensor) for tensor in inputs}
     parameters = frozenset(
