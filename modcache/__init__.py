@@ -6,6 +6,7 @@ from . import keys
 from .errors import (
     CacheMissError,
     CacheWarning,
+    FormatVersionError,
     KeyExtractionError,
     LayeredError,
     ModcacheError,
@@ -19,7 +20,7 @@ from .handle import Cache
 from .keys import register_key_extractor
 from .modes import keys_for, mode
 from .stats import CallReport, Stats
-from .stores import MemoryStore, Store, TieredStore
+from .stores import DiskStore, MemoryStore, Store, TieredStore
 from .wrap import cache_of, cached_module, is_cached, uncached
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "CacheMissError",
     "CacheWarning",
     "CallReport",
+    "DiskStore",
     "Explanation",
+    "FormatVersionError",
     "KeyExtractionError",
     "LayeredError",
     "MemoryStore",

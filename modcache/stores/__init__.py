@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .disk import DiskStore
 from .memory import MemoryStore
 from .protocol import Describes, Found, Store, StoreStats
 from .tiered import TieredStore
 
-__all__ = ["Describes", "Found", "MemoryStore", "Store", "StoreStats", "TieredStore"]
+__all__ = ["Describes", "DiskStore", "Found", "MemoryStore", "Store", "StoreStats", "TieredStore"]

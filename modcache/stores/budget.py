@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 import torch
 
-__all__ = ["Budget", "Holder", "cgroup_limit", "processes_here", "shared_budget"]
+__all__ = ["Budget", "Holder", "cgroup_limit", "memory_here", "processes_here", "shared_budget"]
 
 SHARE: Final = 4  # the default stores may hold a quarter of the memory that the process may use
 _NO_ANSWER: Final = 4 << 30  # assumed where the system does not say how much memory it has
@@ -115,6 +115,11 @@ def usable_memory(read: ReadText, physical: int | None) -> int:
     return min(known, default=_NO_ANSWER)
 
 
+def memory_here() -> int:
+    """The bytes of memory that this process may use."""
+    return usable_memory(_read_text, _physical_memory())
+
+
 def shared_budget(device: torch.device) -> Budget:
     """The one budget of all stores on a device that were given no bound of their own."""
     kind = device if device.type == "cuda" else torch.device("cpu")
@@ -127,7 +132,7 @@ def shared_budget(device: torch.device) -> Budget:
 def _memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return usable_memory(_read_text, _physical_memory())
+    return memory_here()
 
 
 def _physical_memory() -> int | None:

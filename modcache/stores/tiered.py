@@ -13,7 +13,7 @@ import torch
 
 from ..errors import UsageTypeError
 from ..rows import Layout, Rows
-from .protocol import Found, Store, StoreStats
+from .protocol import Describes, Found, Store, StoreStats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -90,7 +90,8 @@ class _Changes:
 class TieredStore:
     """Rows from the front where it has them, else from the back, and then kept in the front, too.
 
-    What is put or deleted goes to both. `contains`, `retire` and `rename` go to the tiers that have them.
+    What is put or deleted goes to both. `contains`, `retire` and `rename` go to the tiers that have them,
+    and what describes namespaces to the one that has it.
     A pickle or a deepcopy has copies of the tiers, and counts anew.
 
     Example:
@@ -121,6 +122,12 @@ class TieredStore:
                 )
         self.front = front
         self.back = back
+        describing = next((tier for tier in (back, front) if isinstance(tier, Describes)), None)
+        if describing is not None:
+            # Not methods: a store that has these lasts, and two memories do not.
+            self.describe = describing.describe
+            self.manifest = describing.manifest
+            self.manifests = describing.manifests
         self._refused = 0
         self._retired: set[str] = set()
         self._changes = _Changes()
@@ -149,6 +156,12 @@ class TieredStore:
                 for found in slow if still_right else ():
                     self.front.put(namespace, [keys[i] for i in found.positions.tolist()], found.rows)
         return _merged(quick, [Found(missing[found.positions], found.rows) for found in slow])
+
+    def lend(self, namespace: str, row_keys: Sequence[bytes], use: Callable[[list[Lent]], Used]) -> Used | None:
+        """What ``use`` makes of the rows where they lie in the front; None unless it has and lends all of them."""
+        if namespace in self._retired or not isinstance(self.front, _Lends):
+            return None
+        return self.front.lend(namespace, row_keys, use)
 
     def put(self, namespace: str, row_keys: Sequence[bytes], rows: Rows) -> int:
         """Keeps the rows in both tiers; how many the tier admitted that took more."""

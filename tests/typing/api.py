@@ -14,7 +14,9 @@ from modcache import (
     CacheMissError,
     CacheWarning,
     CallReport,
+    DiskStore,
     Explanation,
+    FormatVersionError,
     KeyExtractionError,
     LayeredError,
     MemoryStore,
@@ -80,6 +82,7 @@ extracted = [keys.text(), keys.tensor(), keys.tokens(), keys.path()]
 # Stores.
 tiered = TieredStore(MemoryStore(max_bytes=None, device="cpu", eviction="lru"), MemoryStore())
 store: Store = tiered
+disk: Store = DiskStore("cache", max_bytes=1 << 30, mmap=False, keep_free=0)
 own: Encoder = cached_module(Encoder(), store=store)
 
 # See through.
@@ -127,7 +130,7 @@ def clip_key(clip: Clip) -> str:
 text: str = clip_key(Clip("a"))
 
 # Errors are the built-in ones, too.
-value_errors: list[type[ValueError]] = [UsageError, NotCachedError, KeyExtractionError]
+value_errors: list[type[ValueError]] = [UsageError, NotCachedError, KeyExtractionError, FormatVersionError]
 type_errors: list[type[TypeError]] = [UsageTypeError, KeyExtractionError]
 others: tuple[type[RuntimeError], type[RuntimeError], type[KeyError]] = (LayeredError, StaleRecordError, CacheMissError)
 warning: type[UserWarning] = CacheWarning

@@ -31,6 +31,7 @@ __all__ = [
     "DamageError",
     "Frame",
     "SegmentHeader",
+    "frames_behind",
     "log_header_bytes",
     "pack_frame",
     "pack_log_header",
@@ -174,11 +175,12 @@ def log_header_bytes(data: bytes) -> int:
     """
     if len(data) < LOG_START_BYTES:
         raise DamageError(f"the log is shorter than its header ({len(data)} bytes)")
-    magic, version, length, _ = _LOG_START.unpack_from(data)
+    magic, version, claimed, _ = _LOG_START.unpack_from(data)
     _check_start("log", magic, LOG_MAGIC, version)
+    length = int(claimed)
     if length > _MOST_JSON:
         raise DamageError(f"the header of the log claims {length} bytes")
-    return LOG_START_BYTES + int(length) + -length % 8
+    return LOG_START_BYTES + length + -length % 8
 
 
 def parse_log_header(data: bytes) -> SegmentHeader:
@@ -243,6 +245,27 @@ def parse_frames(data: bytes, segment: bytes, offset: int, rows: int, most_rows:
         rows += count if kind == ROWS else 0
         place = body_end + _SUM.size
     return frames, offset + place
+
+
+def frames_behind(data: bytes, segment: bytes, offset: int, most_rows: int) -> list[Frame]:
+    """The frames that are whole somewhere behind the end of what can be believed, where a log was damaged.
+
+    A frame says by itself where its rows lie, so what comes after damage is not lost; but what was damaged may
+    have said something else about the same keys, so no reader believes these.
+
+    Args:
+        data: the log from that end on.
+        segment: that the log belongs to.
+        offset: of the data in the log.
+        most_rows: that the rows file is long enough for.
+    """
+    magic, found, place = _FRAME_MAGIC.to_bytes(4, "little"), [], 0
+    while (place := data.find(magic, place)) >= 0 and place + _FRAME.size <= len(data):
+        first = _FRAME.unpack_from(data, place)[5]
+        frames, end = parse_frames(data[place:], segment, offset + place, first, most_rows)
+        found += frames
+        place = max(place + 1, end - offset)
+    return found
 
 
 def _sealed(body: bytes) -> bytes:

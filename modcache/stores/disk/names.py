@@ -48,7 +48,7 @@ _NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 _SAFE: Final = _NO_FOLLOW | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
 _FOLDER: Final = re.compile(r"[0-9a-f]{32}|~[0-9a-f]{32}")
 _WRITER: Final = re.compile(r"[0-9a-f]{16}")
-_SEGMENT: Final = re.compile(r"([0-9a-f]{16})-([0-9]{6})\.(rows|log)")
+_SEGMENT: Final = re.compile(r"([0-9a-f]{16})-([0-9]{6}|[1-9][0-9]{6,8})\.(rows|log)")
 _MOST_FORMAT_BYTES: Final = 1 << 16
 
 
@@ -134,7 +134,7 @@ class Directory:
             return None
         return found if type(found) is int else None
 
-    def prepare(self, made_with: str) -> None:
+    def prepare(self, made_with: str = "modcache") -> None:
         """Makes the directory and its folders, private to the user, and writes down the format.
 
         Raises:

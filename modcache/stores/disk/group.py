@@ -1,0 +1,273 @@
+"""The rows of one layout in a namespace: gathered out of many segments, checked, and made into tensors."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ...digest import checksum
+from ...rows import Rows, tensor_of
+from ..index import Places
+from .frames import ROWS_HEAD_BYTES, DamageError
+from .segment import Segment, read_into
+from .window import Grid
+
+if TYPE_CHECKING:
+    from ...rows import Layout
+    from .descriptors import Descriptors
+    from .names import Directory
+
+__all__ = ["ROW_BITS", "Group", "LostError", "Taken"]
+
+ROW_BITS: Final = 32  # a place is the number of a segment, then the number of a row in it
+_ROW_MASK: Final = (1 << ROW_BITS) - 1
+_LARGE: Final = 64 << 10  # bytes of a row from which on reading is as quick as mapping, and cannot kill the process
+_RUN: Final = 1 << 20  # bytes that are read at once: what is still in the cache when it is checked
+_MOST_PARTS: Final = 512  # of one read
+
+_Matrix = npt.NDArray[np.uint8]
+
+
+class LostError(Exception):
+    """Segments are gone, or shorter than their rows; the first argument has their numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Rows, and which of them do not have the checksum that they were committed with.
+
+    Args:
+        rows: all that was asked for, in fresh memory.
+        wrong: places among them.
+    """
+
+    rows: Rows
+    wrong: Places
+
+
+class Group:
+    """All rows of one layout in a namespace.
+
+    Args:
+        layout: of the rows.
+        mapped: whether small rows are mapped; large ones are always read.
+    """
+
+    def __init__(self, layout: Layout, *, mapped: bool) -> None:
+        self.layout = layout
+        self.segments: dict[int, Segment] = {}
+        sizes = layout.leaf_bytes
+        self._row_bytes = sum(sizes)
+        self._edges = [0, *itertools.accumulate(sizes)]
+        self.grid = Grid(self._row_bytes, mapped=mapped and self._row_bytes < _LARGE)
+
+    def note(self, segment: Segment, first: int, sums: npt.NDArray[np.uint64]) -> None:
+        """Takes in the checksums of rows that were committed to a segment of this layout."""
+        start = self.grid.fit(segment.number, first + len(sums)) + first
+        self.grid.sums[start : start + len(sums)] = sums
+
+    def drop(self, segment: Segment, descriptors: Descriptors) -> None:
+        """Forgets a segment."""
+        self.segments.pop(segment.number, None)
+        self.grid.drop(segment.number)
+        descriptors.drop(segment)
+
+    def take(self, places: Places, directory: Directory, descriptors: Descriptors) -> Taken:
+        """The rows at these places, at least one, all of this layout.
+
+        Raises:
+            LostError: some of the segments that they lie in can no longer be read.
+        """
+        if len(self.segments) == 1:
+            (segment,) = self.segments.values()
+            numbers, used = None, [segment]
+            rows = places - (segment.number << ROW_BITS)
+            waiting = rows >= segment.committed if segment.waiting else None
+        else:
+            numbers = places >> ROW_BITS
+            used = [self.segments[number] for number in np.flatnonzero(np.bincount(numbers)).tolist()]
+            rows = places & _ROW_MASK
+            waiting = self._waiting(numbers, rows, used)
+        if waiting is not None and waiting.any():
+            return self._take_mixed(places, numbers, rows, waiting, directory, descriptors)
+        self._look_at(used, directory, descriptors)
+        starts = self.grid.starts
+        at = rows + (starts[used[0].number] if numbers is None else starts.take(numbers))
+        if self.grid.mapped and self._map(used, directory, descriptors):
+            assert self.grid.rows is not None
+            matrix = self.grid.rows.take(at, axis=0)
+            return Taken(self._rows_of(matrix), self._wrong(matrix, at, 0, len(at)))
+        files = _Files(used, directory, descriptors)
+        if len(self._edges) > 2 and self._row_bytes >= _LARGE:
+            return self._read_leaves(files, places, rows, at)
+        return self._read(files, places, rows, at)
+
+    def _waiting(self, numbers: Places, rows: Places, used: list[Segment]) -> npt.NDArray[np.bool_] | None:
+        if not any(segment.waiting for segment in used):
+            return None
+        committed = np.zeros(max(segment.number for segment in used) + 1, np.int64)
+        for segment in used:
+            committed[segment.number] = segment.committed
+        return rows >= committed[numbers]
+
+    def _take_mixed(
+        self,
+        places: Places,
+        numbers: Places | None,
+        rows: Places,
+        waiting: npt.NDArray[np.bool_],
+        directory: Directory,
+        descriptors: Descriptors,
+    ) -> Taken:
+        """Some of the rows, or all, still wait in memory to be written."""
+        matrix = np.empty((len(places), self._row_bytes), np.uint8)
+        if numbers is None:
+            numbers = places >> ROW_BITS
+        here = np.flatnonzero(waiting)
+        for number in np.unique(numbers[here]).tolist():
+            mine = here[numbers[here] == number]
+            self.segments[number].waiting_rows(rows[mine], matrix, mine)
+        there = np.flatnonzero(~waiting)
+        wrong = there[:0]
+        if len(there):
+            taken = self._take_written(places[there], directory, descriptors)
+            matrix[there], wrong = taken[0], there[taken[1]]
+        return Taken(self._rows_of(matrix), wrong)
+
+    def _take_written(self, places: Places, directory: Directory, descriptors: Descriptors) -> tuple[_Matrix, Places]:
+        used = [self.segments[number] for number in np.unique(places >> ROW_BITS).tolist()]
+        self._look_at(used, directory, descriptors)
+        at = (places & _ROW_MASK) + self.grid.starts.take(places >> ROW_BITS)
+        if self.grid.mapped and self._map(used, directory, descriptors):
+            assert self.grid.rows is not None
+            matrix = self.grid.rows.take(at, axis=0)
+            return matrix, self._wrong(matrix, at, 0, len(at))
+        return self._read_matrix(_Files(used, directory, descriptors), places, places & _ROW_MASK, at)
+
+    # --- files ----------------------------------------------------------------------------------------
+
+    def _look_at(self, used: list[Segment], directory: Directory, descriptors: Descriptors) -> None:
+        """A row beyond the end of its file must not be touched, and one of a file that is unlinked is gone."""
+        lost = [segment.number for segment in used if not _is_whole(segment, directory, descriptors)]
+        if lost:
+            raise LostError(lost)
+
+    def _map(self, used: list[Segment], directory: Directory, descriptors: Descriptors) -> bool:
+        return all(
+            segment.committed <= self.grid.mapped_rows(segment.number)
+            or self.grid.map(
+                segment.number,
+                segment.committed,
+                descriptors.get(segment, functools.partial(segment.open_rows, directory)),
+            )
+            for segment in used
+        )
+
+    def _read(self, files: _Files, places: Places, rows: Places, at: Places) -> Taken:
+        matrix, wrong = self._read_matrix(files, places, rows, at)
+        return Taken(self._rows_of(matrix), wrong)
+
+    def _read_matrix(self, files: _Files, places: Places, rows: Places, at: Places) -> tuple[_Matrix, Places]:
+        matrix = np.empty((len(places), self._row_bytes), np.uint8)
+        flat, wrong, size = memoryview(matrix.data).cast("B") if matrix.size else None, [], self._row_bytes
+        most = max(1, _RUN // size) if size else len(places)
+        for first, last in _runs(places, most):
+            number = int(places[first]) >> ROW_BITS
+            if flat is not None:
+                offset = ROWS_HEAD_BYTES + int(rows[first]) * size
+                if not read_into(files[number], offset, [flat[first * size : last * size]]):
+                    raise LostError([number])
+            wrong.append(self._wrong(matrix, at, first, last))
+        return matrix, np.concatenate(wrong)
+
+    def _read_leaves(self, files: _Files, places: Places, rows: Places, at: Places) -> Taken:
+        """Large rows of several leaves go straight to where their leaves stand together."""
+        sizes = np.diff(self._edges).tolist()
+        columns = [np.empty((len(places), size), np.uint8) for size in sizes]
+        filled = [
+            (memoryview(column.data).cast("B"), size) for column, size in zip(columns, sizes, strict=True) if size
+        ]
+        unchecked, wrong = ~self.grid.checked.take(at), []
+        for i, (place, row) in enumerate(zip(places.tolist(), rows.tolist(), strict=True)):
+            views = [flat[i * size : (i + 1) * size] for flat, size in filled]
+            offset, file = ROWS_HEAD_BYTES + row * self._row_bytes, files[place >> ROW_BITS]
+            for start in range(0, len(views), _MOST_PARTS):
+                part = views[start : start + _MOST_PARTS]
+                if not read_into(file, offset, part):
+                    raise LostError([place >> ROW_BITS])
+                offset += sum(view.nbytes for view in part)
+            if unchecked[i]:
+                if checksum(b"".join(views)) == self.grid.sums[at[i]]:
+                    self.grid.checked[at[i]] = True
+                else:
+                    wrong.append(i)
+        return Taken(self._tensors_of(columns), np.array(wrong, np.int64))
+
+    # --- from bytes to tensors ------------------------------------------------------------------------
+
+    def _wrong(self, matrix: _Matrix, at: Places, first: int, last: int) -> Places:
+        """Which of some rows are not what was committed; each is looked at once in a process."""
+        spots = at[first:last]
+        checked = self.grid.checked.take(spots)
+        if checked.all():
+            return _NONE
+        todo = np.flatnonzero(~checked)
+        found = np.array([checksum(matrix[first + i]) for i in todo.tolist()], np.uint64)
+        right = found == self.grid.sums[spots[todo]]
+        self.grid.checked[spots[todo[right]]] = True
+        wrong: Places = todo[~right] + first
+        return wrong
+
+    def _rows_of(self, matrix: _Matrix) -> Rows:
+        if len(self._edges) == 2:
+            dtype, shape = self.layout.leaves[0]
+            return Rows(self.layout, (tensor_of(matrix, dtype, shape),))
+        return self._tensors_of([matrix[:, a:b].copy() for a, b in itertools.pairwise(self._edges)])
+
+    def _tensors_of(self, columns: Sequence[_Matrix]) -> Rows:
+        pairs = zip(columns, self.layout.leaves, strict=True)
+        return Rows(self.layout, tuple([tensor_of(column, dtype, shape) for column, (dtype, shape) in pairs]))
+
+
+_NONE: Final[Places] = np.empty(0, np.int64)
+
+
+class _Files:
+    """Descriptors of the rows of some segments, by number."""
+
+    def __init__(self, used: list[Segment], directory: Directory, descriptors: Descriptors) -> None:
+        self._used = {segment.number: segment for segment in used}
+        self._directory, self._descriptors = directory, descriptors
+
+    def __getitem__(self, number: int) -> int:
+        segment = self._used[number]
+        try:
+            return self._descriptors.get(segment, functools.partial(segment.open_rows, self._directory))
+        except (OSError, DamageError):
+            raise LostError([number]) from None
+
+
+def _is_whole(segment: Segment, directory: Directory, descriptors: Descriptors) -> bool:
+    try:
+        found = os.fstat(descriptors.get(segment, functools.partial(segment.open_rows, directory)))
+    except (OSError, DamageError):
+        return False
+    return found.st_nlink > 0 and found.st_size >= segment.file_bytes
+
+
+def _runs(places: Places, most: int) -> list[tuple[int, int]]:
+    """Where rows stand one behind the other in their file, at most so many in one run.
+
+    >>> _runs(np.array([4, 5, 6, 9, 3]), 2)
+    [(0, 2), (2, 3), (3, 4), (4, 5)]
+    """
+    breaks = np.flatnonzero(np.diff(places) != 1) + 1
+    edges = [0, *breaks.tolist(), len(places)]
+    return [(start, min(start + most, b)) for a, b in itertools.pairwise(edges) for start in range(a, b, most)]

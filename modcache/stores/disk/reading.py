@@ -1,0 +1,369 @@
+"""The rows of one namespace: an index over all segments of all writers, which follows them as they grow."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from ...rows import Layout
+from ..index import KEY_BYTES, KeyIndex, Places, cut_keys
+from ..protocol import Found
+from .frames import DROPPED, ROWS, SEGMENT_ID_BYTES, DamageError, Frame
+from .group import ROW_BITS, Group, LostError
+from .names import Directory, SegmentName, folder_of
+from .segment import Segment, check_rows, read_header
+
+if TYPE_CHECKING:
+    from .descriptors import Descriptors
+
+__all__ = ["Reading"]
+
+_NO_ROWS: Final = Layout("null", ())
+_TRIES: Final = 8  # files that vanish under our hands, again and again
+_RACY: Final = 2_000_000_000  # nanoseconds within which a folder may change without another time of change
+
+
+class Reading:
+    """One namespace, as far as it was read. Not safe in threads.
+
+    Args:
+        directory: that it lies in.
+        namespace: its name.
+        descriptors: of open files, shared with other namespaces.
+        mapped: whether small rows are mapped.
+    """
+
+    def __init__(self, directory: Directory, namespace: str, descriptors: Descriptors, *, mapped: bool) -> None:
+        self.namespace = namespace
+        self.folder = folder_of(namespace)
+        self.troubles: list[tuple[str, str]] = []  # what a user should hear of
+        self.latest = 0  # stamp that was seen
+        self._directory = directory
+        self._descriptors = descriptors
+        self._mapped = mapped
+        self._index = KeyIndex()
+        self._groups: dict[Layout, Group] = {}
+        self._segments: dict[int, Segment] = {}
+        self._names: dict[SegmentName, Segment] = {}
+        self._odd: dict[SegmentName, tuple[int, ...]] = {}  # damaged segments, as they looked then
+        self._open: dict[Layout, Segment] = {}  # segments of our own that are being written
+        self._next = 0
+        self._dropped: dict[bytes, int] = {}
+        self._hidden = 0  # nothing that was said until then counts
+        self._listed: int | None = None  # time of change of the folder, where it was listed and may be trusted
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of all rows in the segments, those that were overwritten included."""
+        return sum(segment.assigned * segment.row_bytes for segment in self._segments.values())
+
+    # --- looking --------------------------------------------------------------------------------------
+
+    def contains(self, keys: Sequence[bytes]) -> Places:
+        """The place of each row, -1 where it is absent."""
+        places, complete = self._index.locate(keys)
+        if not complete and self.refresh():
+            places = self._index.find(keys)
+        return places
+
+    def get(self, keys: Sequence[bytes]) -> tuple[Found, ...]:
+        """The rows of these keys in fresh memory, by layout; a row that is damaged or gone is absent."""
+        places, complete = self._index.locate(keys)
+        if not complete and self.refresh():
+            places, complete = self._index.locate(keys)
+        for _ in range(_TRIES):
+            found = self._found(keys, places, complete)
+            if found is not None:
+                return found
+            self.refresh()
+            places, complete = self._index.locate(keys)
+        return ()
+
+    def keys(self) -> list[bytes]:
+        """The keys of all rows."""
+        return self._index.keys()
+
+    def refresh(self) -> bool:
+        """Looks for what other processes did since the last look; whether there is anything new."""
+        changed = self._list()
+        for segment in list(self._segments.values()):
+            if not segment.own:
+                changed |= self._follow(segment)
+        return changed
+
+    # --- changing -------------------------------------------------------------------------------------
+
+    def open_segment(self, layout: Layout | None, more: int, make_name: Callable[[], SegmentName]) -> Segment:
+        """A segment of our own that takes so many rows more, or with no layout one that takes what is dropped."""
+        if layout is None:
+            opened = next(iter(self._open.values()), None)
+            layout = next(iter(self._groups), _NO_ROWS) if opened is None else opened.layout
+        opened = self._open.get(layout)
+        if opened is not None and not opened.closed and (not opened.assigned or opened.assigned + more <= opened.most):
+            return opened
+        opened = self._add(make_name(), os.urandom(SEGMENT_ID_BYTES), layout)
+        opened.own = True
+        self._open[layout] = opened
+        return opened
+
+    def expect(self, segment: Segment, keys: Sequence[bytes], matrix: np.ndarray) -> int:
+        """Takes in rows that are to be written to a segment of our own; the number of the first one."""
+        first = segment.assigned
+        segment.waiting.append((first, matrix))
+        segment.assigned += len(keys)
+        self._index.set(keys, np.arange(first, segment.assigned) | (segment.number << ROW_BITS))
+        for key in keys if self._dropped else ():
+            self._dropped.pop(key, None)
+        return first
+
+    def committed(self, segment: Segment, first: int, stamp: int, sums: bytes) -> None:
+        """Rows of our own are in the file now."""
+        count = len(sums) // 8
+        self._groups[segment.layout].note(segment, first, np.frombuffer(sums, np.uint64))
+        segment.commit(first, count, stamp)
+        while segment.waiting and segment.waiting[0][0] < segment.committed:
+            segment.waiting.pop(0)
+
+    def give_up(self, segment: Segment) -> int:
+        """The rows that waited for this segment will not be written, nor any others; how many there were."""
+        segment.closed = True
+        if segment.assigned == segment.committed:
+            return 0
+        low, high = segment.committed, segment.assigned
+        gone = self._forget_places(np.array([segment.number]), low)
+        segment.assigned, segment.waiting = low, []
+        return min(gone, high - low)
+
+    def delete(self, keys: Sequence[bytes], stamp: int) -> int:
+        """Drops rows; how many there were."""
+        self.refresh()
+        places = self._index.delete(keys)
+        self._dropped.update(dict.fromkeys(keys, stamp))
+        return int((places >= 0).sum())
+
+    def hide(self, stamp: int) -> int:
+        """Drops all rows that were put until now; how many there were."""
+        self.refresh()
+        count = len(self._index)
+        self._hidden = stamp
+        for segment in self._open.values():
+            segment.closed = True
+        self._index, self._dropped = KeyIndex(), {}
+        return count
+
+    def close(self) -> None:
+        """Closes all files."""
+        for segment in list(self._segments.values()):
+            self._remove(segment)
+
+    # --- rows -----------------------------------------------------------------------------------------
+
+    def _found(self, keys: Sequence[bytes], places: Places, complete: bool) -> tuple[Found, ...] | None:
+        """The rows at these places, or None where a segment was gone, which is then forgotten."""
+        try:
+            return tuple(self._gather(keys, places, complete))
+        except LostError as error:
+            self._lose(error.args[0])
+            return None
+        except OSError as error:
+            text = f"rows of namespace {self.namespace!r} cannot be read, and count as missing: {error}"
+            self.troubles.append(("reading", text))
+            return ()
+
+    def _gather(self, keys: Sequence[bytes], places: Places, complete: bool) -> Iterator[Found]:
+        positions = np.arange(len(keys)) if complete else np.flatnonzero(places >= 0)
+        for group, at in self._by_group(places if complete else places[positions]):
+            mine = positions if at is None else positions[at]
+            taken = group.take(places[mine], self._directory, self._descriptors)
+            if not len(taken.wrong):
+                yield Found(mine, taken.rows)
+                continue
+            self._wrong([keys[i] for i in mine[taken.wrong].tolist()])
+            right = np.setdiff1d(np.arange(len(mine)), taken.wrong)
+            if len(right):
+                yield Found(mine[right], taken.rows.take(right.tolist()))
+
+    def _by_group(self, places: Places) -> Iterator[tuple[Group, Places | None]]:
+        """For each layout that is meant: which of the places mean it, ascending; None where all do."""
+        if not len(places):
+            return
+        if len(self._groups) == 1:
+            yield next(iter(self._groups.values())), None
+            return
+        numbers = places >> ROW_BITS
+        names = np.unique(numbers).tolist()
+        mine: dict[Layout, list[int]] = {}
+        for number in names:
+            mine.setdefault(self._segments[number].layout, []).append(number)
+        if len(mine) == 1:
+            yield self._groups[next(iter(mine))], None
+            return
+        for layout, those in mine.items():
+            meant = numbers == those[0] if len(those) == 1 else np.isin(numbers, those)
+            yield self._groups[layout], np.flatnonzero(meant)
+
+    def _wrong(self, keys: list[bytes]) -> None:
+        self._index.delete(keys)
+        text = (
+            f"{len(set(keys))} stored row(s) of namespace {self.namespace!r} do not have their checksum any more: "
+            "the file was changed or damaged. They count as missing and are stored anew"
+        )
+        self.troubles.append(("damaged row", text))
+
+    # --- segments -------------------------------------------------------------------------------------
+
+    def _list(self) -> bool:
+        """Takes in segments that appeared, and drops those that vanished."""
+        try:
+            found = os.stat(self._directory.place_of(self.folder), follow_symlinks=False).st_mtime_ns
+        except OSError:
+            found = -1
+        if found == self._listed:
+            return False
+        self._listed = found if abs(time.time_ns() - found) > _RACY or found < 0 else None
+        names = self._directory.names_in(self.folder)
+        gone = [
+            segment.number
+            for name, segment in self._names.items()
+            if not {name.log, name.rows} <= names.keys() and (segment.committed or not segment.own)
+        ]
+        self._lose(gone)
+        new = sorted(
+            {name for name in names.values() if name not in self._names and {name.log, name.rows} <= names.keys()}
+        )
+        loaded = sum(self._load(name) for name in new)
+        return bool(loaded or gone)
+
+    def _load(self, name: SegmentName) -> bool:
+        """Begins to follow a segment; whether it could be read."""
+        looks: tuple[int, ...] = ()
+        try:
+            found = os.stat(self._directory.place_of(self.folder) / name.log, follow_symlinks=False)
+            looks = (found.st_ino, found.st_size, found.st_mtime_ns)
+            if self._odd.get(name) == looks:
+                return False
+            read = read_header(self._directory, self.folder, name)
+            if read is None:  # its writer is just about to write it, or was killed
+                self._listed = None
+                return False
+            header, end = read
+            if header.namespace != self.namespace:
+                raise DamageError("the log belongs to another namespace")
+            with self._directory.opened_segment(self.folder, name.rows) as file:
+                check_rows(file, header.segment)
+        except OSError:
+            self._listed = None
+            return False
+        except DamageError as error:
+            self._odd[name] = looks
+            text = f"a segment of namespace {self.namespace!r} is passed over: {error} ({name.log})"
+            self.troubles.append(("damaged segment", text))
+            return False
+        self._add(name, header.segment, header.layout).begin_log(end)
+        return True
+
+    def _add(self, name: SegmentName, segment: bytes, layout: Layout) -> Segment:
+        added = Segment(self._next, self.folder, name, segment, layout)
+        self._next += 1
+        if layout not in self._groups:
+            self._groups[layout] = Group(layout, mapped=self._mapped)
+        self._groups[layout].segments[added.number] = added
+        self._segments[added.number] = self._names[name] = added
+        return added
+
+    def _follow(self, segment: Segment) -> bool:
+        """Takes in what a segment commits since the last look; whether there is anything."""
+        try:
+            frames = segment.news(self._directory)
+        except OSError:
+            self._lose([segment.number])
+            return True
+        start = 0
+        for end in range(1, len(frames) + 1):
+            if end == len(frames) or frames[end].kind != frames[start].kind:
+                self._take_in(segment, frames[start:end])
+                start = end
+        return bool(frames)
+
+    def _take_in(self, segment: Segment, frames: list[Frame]) -> None:
+        """Frames of one kind."""
+        joined = b"".join([frame.keys for frame in frames])
+        counts = [frame.count for frame in frames]
+        stamps = np.repeat(np.array([frame.stamp for frame in frames], np.int64), counts)
+        self.latest = max(self.latest, *(frame.stamp for frame in frames))
+        if frames[0].kind == DROPPED:
+            self._take_out(cut_keys(joined), stamps)
+            return
+        assert frames[0].kind == ROWS
+        first = segment.committed
+        self._groups[segment.layout].note(
+            segment, first, np.frombuffer(b"".join([frame.sums for frame in frames]), np.uint64)
+        )
+        for frame in frames:
+            segment.commit(frame.first, frame.count, frame.stamp)
+        places = np.arange(first, segment.committed) | (segment.number << ROW_BITS)
+        counts_now = self._later(joined, stamps)
+        if not counts_now.all():
+            kept = np.flatnonzero(counts_now)
+            joined = np.frombuffer(joined, np.uint8).reshape(-1, KEY_BYTES)[kept].tobytes()
+            places = places[kept]
+        self._index.set_joined(joined, places)
+
+    def _later(self, joined: bytes, stamps: Places) -> np.ndarray:
+        """Which rows count: what is known of their keys was said earlier."""
+        counts = stamps > self._hidden
+        if self._dropped:
+            dropped = [self._dropped.get(key, -1) for key in cut_keys(joined)]
+            counts &= stamps > np.array(dropped, np.int64)
+        if len(self._index):
+            known = self._index.find_joined(joined)
+            here = np.flatnonzero(known >= 0)
+            counts[here] &= stamps[here] >= self._stamps_of(known[here])
+        return counts
+
+    def _take_out(self, keys: list[bytes], stamps: Places) -> None:
+        places = self._index.find(keys)
+        known = np.full(len(keys), -1, np.int64)
+        here = places >= 0
+        known[here] = self._stamps_of(places[here])
+        self._index.delete([keys[i] for i in np.flatnonzero(here & (known <= stamps)).tolist()])
+        for key, stamp in zip(keys, stamps.tolist(), strict=True):
+            self._dropped[key] = max(stamp, self._dropped.get(key, 0))
+
+    def _stamps_of(self, places: Places) -> Places:
+        stamps, numbers = np.empty(len(places), np.int64), places >> ROW_BITS
+        for number in np.unique(numbers).tolist():
+            mine = numbers == number
+            stamps[mine] = self._segments[number].stamps_of(places[mine] & ((1 << ROW_BITS) - 1))
+        return stamps
+
+    def _lose(self, numbers: Sequence[int]) -> None:
+        """Segments are gone: so are their rows."""
+        if numbers:
+            self._forget_places(np.array(numbers), 0)
+            for number in numbers:
+                self._segments[number].closed = True
+                self._remove(self._segments[number])
+            self._listed = None
+
+    def _forget_places(self, numbers: Places, low: int) -> int:
+        keys = self._index.keys()
+        places = self._index.find(keys)
+        gone = np.isin(places >> ROW_BITS, numbers) & (places & ((1 << ROW_BITS) - 1) >= low)
+        self._index.delete([keys[i] for i in np.flatnonzero(gone).tolist()])
+        return int(gone.sum())
+
+    def _remove(self, segment: Segment) -> None:
+        self._segments.pop(segment.number, None)
+        self._names.pop(segment.name, None)
+        group = self._groups[segment.layout]
+        group.drop(segment, self._descriptors)
+        if not group.segments:
+            del self._groups[segment.layout]

@@ -1,0 +1,490 @@
+"""The store of a cache directory: finds rows of all processes, and hands new ones to the thread that writes."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import UsageError, UsageTypeError
+from ...notices import warn
+from ..budget import memory_here
+from ..incoming import check_batch, last_of_each
+from ..protocol import Found, StoreStats
+from . import room
+from .descriptors import Descriptors
+from .frames import DamageError
+from .manifest import read_manifest
+from .names import Directory, SegmentName, folder_of
+from .reading import Reading
+from .records import matrix_of
+from .segment import read_header
+from .writing import Drop, Facts, Put, Use, Writing, abandon_all, close_all, merged
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ...rows import Rows
+
+__all__ = ["DiskStore", "open_directory"]
+
+_QUEUE_BYTES: Final = 256 << 20
+_QUEUE_SHARE: Final = 8  # of the memory that there is
+_USE_NOTED: Final = 60.0  # seconds within which a namespace is not noted as used again
+_CHUNK: Final = 1024  # rows that are moved at a time when a namespace gets another name
+
+
+class DiskStore:
+    """Keeps rows in a directory, which any number of processes may read and write at once.
+
+    Rows are found as soon as they are put, and written behind the loop by a thread; `flush` waits for it, and so
+    does the end of the process. What other processes wrote is found at the latest at the next miss. Nothing in
+    the directory is ever executed, and whatever is damaged there counts as missing. A copy of a store is the
+    same store; a pickle opens the same directory.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from modcache.rows import SINGLE, Layout, Rows
+        >>> layout = Layout(SINGLE, ((torch.float32, (2,)),))
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     with DiskStore(place) as store:
+        ...         store.put("names", [b"k" * 16], Rows(layout, (torch.ones(1, 2),)))
+        ...     with DiskStore(place) as again:
+        ...         found, = again.get("names", [b"k" * 16])
+        1
+        >>> found.rows.tensors[0].tolist()
+        [[1.0, 1.0]]
+
+    Args:
+        directory: where the rows lie; it is made when the first row is written.
+        max_bytes: bound of all files in the directory, over all processes that give one. When it is reached,
+            namespaces that nobody used within the hour go, the longest unused first; then no more rows are written.
+        mmap: whether rows below 64 KiB are read through memory maps, which is several times quicker. A file that
+            somebody cuts short at the moment of reading then ends the process; False avoids that.
+        keep_free: bytes of the file system that stay free; None for the smaller of 1 GiB and 5 % of it.
+
+    Raises:
+        UsageError: the directory is a file, or a number cannot be right.
+        FormatVersionError: the directory was written by a newer modcache.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        max_bytes: int | None = None,
+        mmap: bool = True,
+        keep_free: int | None = None,
+    ) -> None:
+        if not hasattr(os, "preadv"):
+            raise UsageError("A DiskStore needs a POSIX system, such as Linux or macOS. Use a MemoryStore here.")
+        if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+            raise UsageTypeError(f"directory is the path of a cache directory, but {directory!r} was given.")
+        self._max_bytes = _checked(max_bytes, "max_bytes", 1, "no bound")
+        self._keep_free = _checked(keep_free, "keep_free", 0, "the smaller of 1 GiB and 5 % of the file system")
+        self._mmap = bool(mmap)
+        self._directory = Directory(directory)
+        self._directory.check()
+        self._refused = 0
+        self._said: set[str] = set()
+        self._closed = False
+        self._begin()
+        _stores.add(self)
+
+    def _begin(self) -> None:
+        """Everything that belongs to one process; a forked child begins anew."""
+        self._process = os.getpid()
+        self._lock = threading.RLock()
+        self._descriptors = Descriptors()
+        self._readings: dict[str, Reading] = {}
+        self._counts: dict[str, _Count] = {}
+        self._described: dict[str, dict[str, Any]] = {}
+        self._used: dict[str, float] = {}
+        self._stamp = 0
+        self._writable: bool | None = None
+        self._troubles: list[tuple[str, str]] = []
+        self._writing = Writing(
+            self._directory,
+            self._lock,
+            max_bytes=self._max_bytes,
+            keep_free=self._keep_free,
+            queue_bytes=_queue_bytes(),
+        )
+        self._end = weakref.finalize(self, self._writing.stop)
+        self._end.atexit = False
+
+    def begin_anew(self) -> None:
+        """In a forked child: forgets what the parent has open and what it is about to write."""
+        self._end.detach()
+        self._descriptors.close()
+        if not self._closed:
+            self._begin()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the store was made with, beside its directory."""
+        return {"max_bytes": self._max_bytes, "mmap": self._mmap, "keep_free": self._keep_free}
+
+    @property
+    def directory(self) -> Path:
+        """Where the rows lie."""
+        return self._directory.path
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value}" for name, value in self.options.items())
+        return f"{type(self).__name__}({str(self.directory)!r}{options})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (type(self), str(self.directory), *self.options.values())
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- the protocol ---------------------------------------------------------------------------------
+
+    def get(self, namespace: str, row_keys: Sequence[bytes]) -> tuple[Found, ...]:
+        """The rows that are there, in fresh memory: one `Found` per layout."""
+        # The lock is held over the copy, too: rows might move in the address space meanwhile.
+        with self._lock:
+            if self._closed:
+                return ()
+            reading = self._reading(namespace)
+            found = reading.get(row_keys)
+            self._note_use(reading)
+        if reading.troubles:
+            self._tell(reading)
+        return found
+
+    def put(self, namespace: str, row_keys: Sequence[bytes], rows: Rows) -> int:
+        """Takes the rows in to be written; how many, which is all or none."""
+        check_batch(row_keys, rows)
+        if not row_keys or self._closed:
+            return 0
+        chosen = last_of_each(row_keys)
+        if not self._may_write():
+            self._refused += len(chosen)
+            self._tell()
+            return 0
+        matrix = matrix_of(rows, chosen)
+        keys = list(row_keys) if len(chosen) == len(row_keys) else [row_keys[i] for i in chosen.tolist()]
+        self._writing.make_way(matrix.nbytes)
+        with self._lock:
+            if self._closed:
+                return 0
+            reading = self._reading(namespace)
+            segment = reading.open_segment(rows.layout, len(keys), self._writing.next_name)
+            first = reading.expect(segment, keys, matrix)
+            self._writing.push(Put(reading, segment, first, b"".join(keys), matrix, self._next_stamp(reading)))
+            self._note_use(reading)
+        self._tell()
+        return len(keys)
+
+    def delete(self, namespace: str, row_keys: Sequence[bytes] | None = None) -> int:
+        """Drops these rows, or with None the whole namespace with its files; the number of rows dropped."""
+        with self._lock:
+            if self._closed:
+                return 0
+            reading = self._reading(namespace)
+            if row_keys is None:
+                reading.refresh()
+                count = reading.hide(self._next_stamp(reading))
+                self._unlink(reading.folder)
+                self._writing.try_again()
+                return count
+            keys = list(dict.fromkeys(row_keys))
+            count = reading.delete(keys, self._next_stamp(reading)) if keys else 0
+            if count and self._may_write():
+                segment = reading.open_segment(None, 0, self._writing.next_name)
+                self._writing.push(Drop(reading, segment, b"".join(keys), self._next_stamp(reading)))
+            return count
+
+    def row_keys(self, namespace: str) -> list[bytes]:
+        """The keys of all rows of a namespace, in no particular order."""
+        with self._lock:
+            if self._closed:
+                return []
+            reading = self._reading(namespace)
+            reading.refresh()
+            return reading.keys()
+
+    def namespaces(self) -> list[str]:
+        """The namespaces that have at least one row."""
+        return [count.namespace for count in self._count_all() if count.rows]
+
+    def stats(self) -> StoreStats:
+        """What the directory holds, by all who wrote there; ``evicted`` counts whole namespaces."""
+        counts = self._count_all()
+        return StoreStats(
+            rows=sum(count.rows for count in counts),
+            bytes=room.take_census(self._directory).bytes + self._writing.queued,
+            max_bytes=self._max_bytes,
+            namespaces=sum(count.rows > 0 for count in counts),
+            refused=self._refused + self._writing.refused,
+            evicted=self._writing.evicted,
+        )
+
+    def flush(self) -> None:
+        """Waits until everything that was put is written and would survive a power cut."""
+        self._writing.flush()
+        self._tell()
+
+    def close(self) -> None:
+        """Writes what was put, and gives back all files and memory; afterwards nothing is found or admitted."""
+        self._writing.close()
+        self._tell()
+        with self._lock:
+            self._closed = True
+            for reading in self._readings.values():
+                reading.close()
+            self._readings = {}
+            self._descriptors.close()
+
+    # --- abilities ------------------------------------------------------------------------------------
+
+    def contains(self, namespace: str, row_keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
+        """Which rows are there, without reading or using them."""
+        with self._lock:
+            if self._closed:
+                return np.zeros(len(row_keys), np.bool_)
+            return self._reading(namespace).contains(row_keys) >= 0
+
+    def retire(self, namespace: str) -> None:
+        """Does not spare a namespace any more that this process used, once nobody else used it within the hour."""
+        with self._lock:
+            self._used.pop(namespace, None)
+            self._writing.retire(folder_of(namespace))
+
+    def rename(self, old: str, new: str) -> None:
+        """Gives the rows of a namespace to another name, over rows that have it already: they are written again."""
+        if old == new:
+            return
+        keys = self.row_keys(old)
+        for start in range(0, len(keys), _CHUNK):
+            chunk = keys[start : start + _CHUNK]
+            for found in self.get(old, chunk):
+                self.put(new, [chunk[i] for i in found.positions.tolist()], found.rows)
+        self.delete(old)
+
+    def namespace_bytes(self, namespace: str) -> int:
+        """The bytes of the rows of a namespace, those included that were overwritten or dropped since."""
+        with self._lock:
+            if self._closed:
+                return 0
+            reading = self._reading(namespace)
+            reading.refresh()
+            return reading.row_bytes
+
+    def describe(self, namespace: str, facts: Mapping[str, Any]) -> None:
+        """Keeps facts in the manifest of a namespace; those of an earlier call stay unless they are named again."""
+        with self._lock:
+            if self._closed or not self._may_write():
+                return
+            known = merged(self._described.get(namespace), facts)
+            self._described[namespace] = known
+            self._writing.push(Facts(folder_of(namespace), {"namespace": namespace, **known}))
+
+    def manifest(self, namespace: str) -> dict[str, Any] | None:
+        """What was described of a namespace, by any process."""
+        known = self._described.get(namespace)
+        found = read_manifest(self._directory.place_of(folder_of(namespace)))
+        return found if known is None else merged(found, known)
+
+    def manifests(self) -> dict[str, dict[str, Any]]:
+        """All manifests, by namespace."""
+        found = {}
+        for folder in self._directory.folders():
+            facts = read_manifest(self._directory.place_of(folder))
+            name = None if facts is None else facts.get("namespace")
+            if facts is not None and isinstance(name, str) and folder_of(name) == folder:
+                found[name] = facts
+        for name, known in list(self._described.items()):
+            found[name] = merged(found.get(name), known)
+        return found
+
+    # --- within ---------------------------------------------------------------------------------------
+
+    def _reading(self, namespace: str) -> Reading:
+        reading = self._readings.get(namespace)
+        if reading is None:
+            reading = Reading(self._directory, namespace, self._descriptors, mapped=self._mmap)
+            self._readings[namespace] = reading
+            reading.refresh()
+        return reading
+
+    def _next_stamp(self, reading: Reading) -> int:
+        """Later than all that was said before, whatever the clock does."""
+        self._stamp = max(time.time_ns(), self._stamp + 1, reading.latest + 1)
+        return self._stamp
+
+    def _note_use(self, reading: Reading) -> None:
+        now, last = time.monotonic(), self._used.get(reading.namespace)
+        if last is None or now - last > _USE_NOTED:
+            self._used[reading.namespace] = now
+            if len(reading) and self._is_writable():
+                self._writing.push(Use(reading, time.time()))
+
+    def _is_writable(self) -> bool:
+        if self._writable is None:
+            place = self.directory
+            while not place.exists() and place != place.parent:
+                place = place.parent
+            self._writable = os.access(place, os.W_OK | os.X_OK)
+        return self._writable
+
+    def _may_write(self) -> bool:
+        if not self._is_writable():
+            text = f"the cache directory {str(self.directory)!r} cannot be written: what is there is served, no more"
+            self._troubles.append(("read-only", text))
+            return False
+        return not self._writing.paused
+
+    def _unlink(self, folder: str) -> None:
+        try:
+            for segment in self._directory.segments(folder):
+                self._directory.remove_segment(folder, segment)
+        except OSError as error:
+            self._troubles.append(("unlink", f"the files of a namespace cannot be removed: {error}"))
+
+    def _tell(self, reading: Reading | None = None) -> None:
+        """Warns of what went wrong since, each kind of thing once."""
+        told = [self._troubles, self._writing.troubles, *([] if reading is None else [reading.troubles])]
+        for troubles in told:
+            while troubles:
+                kind, text = troubles.pop(0)
+                if kind not in self._said:
+                    self._said.add(kind)
+                    warn(text)
+
+    def _count_all(self) -> list[_Count]:
+        with self._lock:
+            if self._closed:
+                return []
+            loaded = {reading.folder: reading for reading in self._readings.values()}
+            counts = []
+            for reading in loaded.values():
+                reading.refresh()
+                counts.append(_Count((), reading.namespace, len(reading)))
+            others = [self._count(folder) for folder in self._directory.folders() if folder not in loaded]
+            return counts + [count for count in others if count is not None]
+
+    def _count(self, folder: str) -> _Count | None:
+        """The rows of a namespace that nobody asked for yet; they are counted again when a file has changed."""
+        looks = room.looks_of(self._directory.place_of(folder))
+        known = self._counts.get(folder)
+        if known is not None and known.looks == looks:
+            return known
+        namespace = _namespace_of(self._directory, folder)
+        if namespace is None:
+            return None
+        reading = Reading(self._directory, namespace, self._descriptors, mapped=False)
+        reading.refresh()
+        counted = self._counts[folder] = _Count(looks, namespace, len(reading))
+        reading.close()
+        return counted
+
+
+@dataclass(frozen=True, slots=True)
+class _Count:
+    """How many rows a namespace has, and how its files looked when they were counted."""
+
+    looks: tuple[object, ...]
+    namespace: str
+    rows: int
+
+
+def _namespace_of(directory: Directory, folder: str) -> str | None:
+    """The name of the namespace in a folder, which any of its logs tells."""
+    for segment in directory.segments(folder):
+        name = _namespace_in(directory, folder, segment)
+        if name is not None:
+            return name
+    return None
+
+
+def _namespace_in(directory: Directory, folder: str, segment: SegmentName) -> str | None:
+    try:
+        read = read_header(directory, folder, segment)
+    except (OSError, DamageError):
+        return None
+    return None if read is None else read[0].namespace
+
+
+def _queue_bytes() -> int:
+    return min(_QUEUE_BYTES, memory_here() // _QUEUE_SHARE)
+
+
+def _checked(count: int | None, name: str, least: int, nothing: str) -> int | None:
+    if count is None:
+        return None
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise UsageTypeError(f"{name} is a number of bytes (an int) or None, but {count!r} was given.")
+    if count < least:
+        raise UsageError(f"{name}={count} cannot be kept. Give at least {least} bytes, or None for {nothing}.")
+    return count
+
+
+# --- one process ----------------------------------------------------------------------------------------
+
+_stores: weakref.WeakSet[DiskStore] = weakref.WeakSet()
+_shared: weakref.WeakValueDictionary[Path, DiskStore] = weakref.WeakValueDictionary()
+_opening = threading.Lock()
+
+
+def open_directory(path: str | os.PathLike[str]) -> DiskStore:
+    """The store of a directory, the same for all who ask in one process as long as somebody holds it.
+
+    Raises:
+        UsageError: the path is that of a file.
+        FormatVersionError: the directory was written by a newer modcache.
+    """
+    with _opening:
+        place = Path(os.path.realpath(path))
+        store = _shared.get(place)
+        if store is None or store.closed:
+            store = _shared[place] = DiskStore(path)
+        return store
+
+
+def _reopened(cls: type[DiskStore], path: str, max_bytes: int | None, mmap: bool, keep_free: int | None) -> DiskStore:
+    """The store that a pickle was of: the one that is open here, if it has the same options."""
+    store = _shared.get(Path(path))
+    options = {"max_bytes": max_bytes, "mmap": mmap, "keep_free": keep_free}
+    if store is not None and type(store) is cls and not store.closed and store.options == options:
+        return store
+    return cls(path, **options)  # type: ignore[arg-type]
+
+
+def _after_fork_in_child() -> None:
+    global _opening
+    _opening = threading.Lock()
+    abandon_all()
+    for store in list(_stores):
+        store.begin_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(close_all)

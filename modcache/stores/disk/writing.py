@@ -1,0 +1,426 @@
+"""Write behind the loop: a queue bounded in bytes, and the thread that empties it into segments."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing.util
+import os
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ...digest import checksum
+from .admission import Admission
+from .appending import SegmentWriter
+from .catalogue import Catalogue, Entry
+from .frames import SegmentHeader
+from .manifest import read_manifest, write_manifest
+from .names import CATALOGUE, ROWS_FOLDER, Directory, SegmentName, new_writer
+
+if TYPE_CHECKING:
+    from .reading import Reading
+    from .segment import Segment
+
+__all__ = ["Drop", "Facts", "Put", "Use", "Writing", "abandon_all", "close_all", "merged"]
+
+_JOINED: Final = 8 << 20  # bytes of puts to one segment that are committed together
+_OPEN: Final = 32  # segments that are open for writing at once
+_PAUSE: Final = 60.0  # seconds after which a directory that refused is tried again
+_IDLE: Final = 1.0  # seconds after which what is reserved is given back
+_FRAME_BYTES: Final = 64
+_KEY_AND_SUM: Final = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Rows that have a place in a segment and wait to be written there."""
+
+    reading: Reading
+    segment: Segment
+    first: int
+    keys: bytes
+    matrix: npt.NDArray[np.uint8]
+    stamp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Keys whose rows shall not count any more, for anybody."""
+
+    reading: Reading
+    segment: Segment
+    keys: bytes
+    stamp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is to be written into the manifest of a namespace."""
+
+    folder: str
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A namespace was used."""
+
+    reading: Reading
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Sync:
+    done: threading.Event
+
+
+Task = Put | Drop | Facts | Use | _Sync
+
+
+def merged(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a manifest after some were told anew; what is under "checked" is merged entry by entry.
+
+    >>> merged({"a": 1, "checked": {"x": [1]}}, {"b": 2, "checked": {"y": [2]}})
+    {'a': 1, 'checked': {'x': [1], 'y': [2]}, 'b': 2}
+    """
+    facts = {**(old or {}), **new}
+    checks = [found for found in ((old or {}).get("checked"), new.get("checked")) if isinstance(found, Mapping)]
+    if checks:
+        facts["checked"] = {name: value for check in checks for name, value in check.items()}
+    return facts
+
+
+class Writing:
+    """The queue of a store and its thread, which starts when there is something to do.
+
+    Args:
+        directory: that is written to.
+        lock: of the store; held when rows get a place and when they are committed, never while waiting.
+        max_bytes: the bound of the directory, or None.
+        keep_free: the bytes of its file system that stay free, or None for the usual floor.
+        queue_bytes: rows that may wait; one larger batch may wait alone.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        lock: threading.RLock,
+        *,
+        max_bytes: int | None,
+        keep_free: int | None,
+        queue_bytes: int,
+    ) -> None:
+        self.troubles: list[tuple[str, str]] = []  # kind and text of what a user should hear of
+        self.refused = self.evicted = 0
+        self._directory, self._lock = directory, lock
+        self._queue_bytes = queue_bytes
+        self._catalogue = Catalogue(directory.path / CATALOGUE, writable=True)
+        self._admission = Admission(directory, max_bytes, keep_free, self._catalogue, self._note_dropped)
+        self._name = new_writer()
+        self._numbers = itertools.count()
+        self._sign: int | None = None
+        self._writers: OrderedDict[Segment, tuple[Reading, SegmentWriter]] = OrderedDict()
+        self._uses: dict[str, float] = {}  # folders, and when this process used them
+        self._paused_until = 0.0
+        # Re-entrant, because a finaliser may stop the thread in the middle of anything.
+        self._state = threading.Condition(threading.RLock())
+        self._tasks: deque[Task] = deque()
+        self._queued = 0
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    # --- asked by the store ---------------------------------------------------------------------------
+
+    @property
+    def paused(self) -> bool:
+        """Whether the directory refused lately, so that nothing is written for a while."""
+        return time.monotonic() < self._paused_until
+
+    @property
+    def queued(self) -> int:
+        """The bytes that wait to be written."""
+        return self._queued
+
+    def try_again(self) -> None:
+        """What kept rows from being written may be over."""
+        self._paused_until = 0.0
+
+    def retire(self, folder: str) -> None:
+        """This process does not need a namespace any more."""
+        self._uses.pop(folder, None)
+
+    def next_name(self) -> SegmentName:
+        """A name for a new segment; the lock is held."""
+        return SegmentName(self._name, next(self._numbers))
+
+    def make_way(self, size: int) -> None:
+        """Waits until so many bytes may be queued; the lock is not held."""
+        with self._state:
+            while self._queued and self._queued + size > self._queue_bytes and self._is_running():
+                self._state.wait(1.0)
+
+    def push(self, task: Task) -> None:
+        """Queues a task, behind all others."""
+        with self._state:
+            if self._stopping:
+                return
+            self._tasks.append(task)
+            self._queued += _size_of(task)
+            if not self._is_running():
+                self._thread = threading.Thread(target=self._run, name="modcache-disk", daemon=True)
+                _note_running(self)
+                self._thread.start()
+            self._state.notify_all()
+
+    def flush(self) -> None:
+        """Waits until all that was queued is written, and would survive a power cut."""
+        if self._thread is None:
+            return
+        sync = _Sync(threading.Event())
+        self.push(sync)
+        while not sync.done.wait(0.2) and self._is_running():
+            continue
+
+    def stop(self) -> None:
+        """Lets the thread end when the queue is empty."""
+        with self._state:
+            self._stopping = True
+            self._state.notify_all()
+
+    def close(self) -> None:
+        """Writes what is queued, and ends."""
+        self.flush()
+        self.stop()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def abandon(self) -> None:
+        """In a forked child: what the parent queued and opened is the parent's alone."""
+        self._stopping = True
+        self._tasks.clear()
+        for _, writer in self._writers.values():
+            writer.close()
+        if self._sign is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._sign)
+
+    # --- the thread -----------------------------------------------------------------------------------
+
+    def _is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _run(self) -> None:
+        while tasks := self._take():
+            try:
+                self._do(tasks)
+            except Exception as error:
+                self._abort("writing fails", f"{type(error).__name__}: {error}", tasks)
+            with self._state:
+                self._queued -= sum(map(_size_of, tasks))
+                self._state.notify_all()
+            del tasks
+        for _, writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+        if self._sign is not None:
+            self._directory.sign_out(self._name, self._sign)
+            self._sign = None
+        _running.discard(self)
+
+    def _take(self) -> list[Task]:
+        """The next task, or several puts that are committed together; nothing at the end."""
+        with self._state:
+            while not self._tasks:
+                if self._stopping:
+                    return []
+                if not self._state.wait(_IDLE) and self._sign is not None:
+                    self._admission.release(self._sign)
+            taken, size = [self._tasks.popleft()], 0
+            first = taken[0]
+            while isinstance(first, Put) and self._tasks and size < _JOINED:
+                after = self._tasks[0]
+                if not isinstance(after, Put) or after.segment is not first.segment:
+                    break
+                size += _size_of(after)
+                taken.append(self._tasks.popleft())
+            return taken
+
+    def _do(self, tasks: list[Task]) -> None:
+        match tasks[0]:
+            case Put():
+                self._write([task for task in tasks if isinstance(task, Put)])
+            case Drop() as drop:
+                if not drop.segment.closed:
+                    self._ready()
+                    self._writer_of(drop.reading, drop.segment).drop(drop.keys, drop.stamp)
+            case Facts() as task:
+                self._describe(task)
+            case Use() as use:
+                self._note_use(use)
+            case _Sync() as sync:
+                try:
+                    self._sync()
+                finally:
+                    sync.done.set()
+
+    def _write(self, puts: list[Put]) -> None:
+        segment, reading = puts[0].segment, puts[0].reading
+        if segment.closed:
+            return
+        self._ready()
+        assert self._sign is not None
+        writer = self._writer_of(reading, segment)
+        count = sum(len(put.matrix) for put in puts)
+        if not _follow(puts, writer.rows):  # an interrupt came while rows got their place
+            with self._lock:
+                reading.give_up(segment)
+            return
+        size = sum(put.matrix.nbytes for put in puts) + count * _KEY_AND_SUM + _FRAME_BYTES + writer.head_bytes
+        reason = self._admission.refusal(size, self._name, self._sign, self._spared(reading))
+        if reason is not None:
+            self._abort("no room", reason, puts)
+            return
+        first, stamp = puts[0].first, puts[-1].stamp
+        sums = b"".join([_sums(put.matrix) for put in puts])
+        parts = [memoryview(put.matrix.reshape(-1)) for put in puts]  # type: ignore[arg-type]
+        writer.append(parts, b"".join([put.keys for put in puts]), sums, stamp)
+        with self._lock:
+            if not segment.closed:
+                reading.committed(segment, first, stamp, sums)
+                return
+        # The namespace was deleted meanwhile; its files were unlinked, these perhaps were not there yet.
+        self._directory.remove_segment(segment.folder, segment.name)
+
+    def _ready(self) -> None:
+        """Makes the directory, and shows that this process writes."""
+        if self._sign is None:
+            self._directory.prepare()
+            self._sign = self._directory.sign_in(self._name)
+
+    def _writer_of(self, reading: Reading, segment: Segment) -> SegmentWriter:
+        if segment not in self._writers:
+            for closed in [other for other in self._writers if other.closed]:
+                self._writers.pop(closed)[1].close()
+            made = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            header = SegmentHeader(segment.segment, reading.namespace, segment.layout, segment.name.writer, made)
+            self._writers[segment] = reading, SegmentWriter(self._directory, segment, header)
+        self._writers.move_to_end(segment)
+        for _, other in itertools.islice(self._writers.values(), max(0, len(self._writers) - _OPEN)):
+            other.close()
+        return self._writers[segment][1]
+
+    def _describe(self, task: Facts) -> None:
+        self._ready()
+        self._directory.make_folder((ROWS_FOLDER, task.folder))
+        place = self._directory.place_of(task.folder)
+        write_manifest(place, merged(read_manifest(place), task.facts))
+
+    def _note_use(self, use: Use) -> None:
+        reading = use.reading
+        self._uses[reading.folder] = use.at
+        if self._directory.place_of(reading.folder).is_dir() and os.access(self._directory.path, os.W_OK):
+            self._catalogue.note(reading.namespace, Entry(use.at, len(reading), reading.row_bytes))
+
+    def _spared(self, reading: Reading) -> frozenset[str]:
+        return frozenset({reading.folder, *self._uses})
+
+    def _note_dropped(self, folder: str) -> None:
+        self.evicted += 1
+
+    def _sync(self) -> None:
+        folders = set()
+        for segment, (_, writer) in self._writers.items():
+            if writer.dirty and not segment.closed:
+                writer.sync()
+                folders.add(segment.folder)
+        for folder in folders:
+            with contextlib.suppress(OSError):
+                place = os.open(self._directory.place_of(folder), os.O_RDONLY)
+                try:
+                    os.fsync(place)
+                finally:
+                    os.close(place)
+        if self._sign is not None:
+            self._admission.release(self._sign)
+
+    def _abort(self, kind: str, reason: str, tasks: list[Any]) -> None:
+        """Gives up all rows that wait, and writes nothing for a while; what was committed stays readable."""
+        with self._lock, self._state:
+            waiting = [task for task in self._tasks if isinstance(task, Put)]
+            self._tasks = deque([task for task in self._tasks if not isinstance(task, Put)])
+            self._queued -= sum(map(_size_of, waiting))
+            concerned = {task.segment: task.reading for task in [*waiting, *tasks] if isinstance(task, Put)}
+            for segment, reading in {
+                **{segment: pair[0] for segment, pair in self._writers.items()},
+                **concerned,
+            }.items():
+                self.refused += reading.give_up(segment)
+            self._paused_until = time.monotonic() + _PAUSE
+            text = (
+                f"no rows are written to the cache directory {str(self._directory.path)!r} for now: {reason}. "
+                "What was stored can still be read; the next try is in a minute"
+            )
+            self.troubles.append((kind, text))
+            old, self._name = self._name, new_writer()
+        for _, writer in self._writers.values():
+            with contextlib.suppress(OSError):
+                writer.sync()
+            writer.cut()
+            writer.close()
+        self._writers.clear()
+        if self._sign is not None:
+            self._directory.sign_out(old, self._sign)
+            self._sign = None
+        self._admission.forget()
+
+
+_running: set[Writing] = set()
+_finalized: int | None = None  # the process whose end by way of multiprocessing is seen to
+
+
+def _note_running(writing: Writing) -> None:
+    global _finalized
+    _running.add(writing)
+    if _finalized != os.getpid():
+        # A child of multiprocessing ends without what atexit was told, and forgets what its parent registered.
+        multiprocessing.util.Finalize(None, close_all, exitpriority=100)
+        _finalized = os.getpid()
+
+
+def close_all() -> None:
+    """Writes what waits, in all stores of the process."""
+    for writing in list(_running):
+        writing.close()
+
+
+def abandon_all() -> None:
+    """In a forked child: nothing of what the parent has running is here."""
+    for writing in list(_running):
+        writing.abandon()
+    _running.clear()
+
+
+def _size_of(task: Task) -> int:
+    return task.matrix.nbytes + len(task.keys) if isinstance(task, Put) else 0
+
+
+def _follow(puts: list[Put], rows: int) -> bool:
+    """Whether these rows come one behind the other, the first behind so many."""
+    for put in puts:
+        if put.first != rows:
+            return False
+        rows += len(put.matrix)
+    return True
+
+
+def _sums(matrix: npt.NDArray[np.uint8]) -> bytes:
+    return np.fromiter(map(checksum, matrix), "<u8", len(matrix)).tobytes()
