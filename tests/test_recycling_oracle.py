@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.recycling_models import CASES
+from tests.recycling_cases import CASES
 from tests.recycling_oracle import Case, Under, Verdict, freeze_trunk, judged, module_at, tensors, what_feeds
 
 NAMED = {case.name: case for case in CASES}
