@@ -6,6 +6,7 @@ from . import keys
 from .errors import (
     CacheMissError,
     CacheWarning,
+    CutError,
     FormatVersionError,
     KeyExtractionError,
     LayeredError,
@@ -19,6 +20,7 @@ from .explain import Explanation
 from .handle import Cache
 from .keys import register_key_extractor
 from .modes import keys_for, mode
+from .recycling import recycle
 from .stats import CallReport, Stats
 from .stores import DiskStore, MemoryStore, Store, TieredStore
 from .wrap import cache_of, cached_module, is_cached, uncached
@@ -28,6 +30,7 @@ __all__ = [
     "CacheMissError",
     "CacheWarning",
     "CallReport",
+    "CutError",
     "DiskStore",
     "Explanation",
     "FormatVersionError",
@@ -48,6 +51,7 @@ __all__ = [
     "keys",
     "keys_for",
     "mode",
+    "recycle",
     "register_key_extractor",
     "uncached",
 ]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["Batch", "Bound", "Column", "NoRowsError", "row", "split", "take", "tensors_in"]
+__all__ = ["Batch", "Bound", "Column", "NoRowsError", "items_of", "replaced", "row", "split", "take", "tensors_in"]
 
 Bound = Sequence[tuple[str, object]]
 """The arguments of a call by name, in the order of the signature."""
@@ -140,6 +140,11 @@ def _items(value: object, is_row: IsRow) -> list[tuple[str, object]] | None:
     return None
 
 
+def items_of(value: object) -> Sequence[tuple[str, object]]:
+    """Steps and parts of a structure that `split` walks into; nothing for a leaf."""
+    return _items(value, lambda _: False) or ()
+
+
 def _names(value: Any) -> list[str]:
     """The fields of a dataclass, and what else was set on it."""
     fields = [field.name for field in dataclasses.fields(value)]
@@ -152,6 +157,11 @@ def _names(value: Any) -> list[str]:
 def take(value: object, batch: Batch, places: Sequence[int], path: str) -> object:
     """The argument at ``path`` with the rows at ``places`` only; what is shared stays the very same object."""
     return _rebuilt(value, path, {column.path: column for column in batch.columns}, places)
+
+
+def replaced(value: object, path: str, values: Mapping[str, object]) -> Any:
+    """The argument at ``path`` with other values at the paths that are named."""
+    return _rebuilt(value, path, {at: Column(at, path, new, single=True) for at, new in values.items()}, ())
 
 
 def _rebuilt(value: Any, path: str, columns: Mapping[str, Column], places: Sequence[int]) -> Any:

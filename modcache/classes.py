@@ -6,7 +6,7 @@ import copyreg
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from .attached import Attached
 from .errors import UsageError
 
-__all__ = ["ATTACHED", "cached_class", "decorated_class", "original_class"]
+__all__ = ["ATTACHED", "cached_class", "decorated_class", "original_class", "subclass"]
 
 ATTACHED = "_modcache"
 """Where a cached module keeps what hangs on it, in its ``__dict__``."""
@@ -42,7 +42,7 @@ def cached_class(cls: type[nn.Module]) -> type[nn.Module]:
                 self.__class__ = cls  # `type(module)(...)` asks for a new module, which nobody has wrapped
             cls.__init__(self, *args, **kwargs)
 
-        made = _subclass(cls, {"__init__": __init__, "__reduce_ex__": _reduce(cls)})
+        made = subclass(cls, {"__init__": __init__, "__reduce_ex__": _reduce(cls)})
         _made[cls] = weakref.ref(made)
     return made
 
@@ -66,7 +66,7 @@ def decorated_class(cls: type[nn.Module], attach: Attach) -> type[nn.Module]:
         if "__init__" in sub.__dict__:
             sub.__init__ = attaching(sub.__init__)
 
-    made = _subclass(cls, {"__init__": attaching(cls.__init__), "_modcache_attach": staticmethod(attach)})
+    made = subclass(cls, {"__init__": attaching(cls.__init__), "_modcache_attach": staticmethod(attach)})
     made.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[assignment]  # for the classes to come
     return made
 
@@ -82,7 +82,7 @@ def _refuse_own_name_in_super(cls: type) -> None:
             )
 
 
-def _subclass(cls: type[nn.Module], more: dict[str, Any]) -> type[nn.Module]:
+def subclass(cls: type[nn.Module], more: dict[str, Any]) -> type[nn.Module]:
     """A subclass that cannot be told from ``cls`` by name, module, documentation or signature."""
     body = {
         "__module__": cls.__module__,
@@ -108,7 +108,7 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
                 kwargs.pop("cache_keys", None)
                 return cls.forward(self, *args, **kwargs)
             return _outside_the_graph(self, cls, args, kwargs)
-        attached = self.__dict__.get(ATTACHED) or attached_to(self)
+        attached: Any = self.__dict__.get(ATTACHED) or attached_to(self)
         return attached.forward(self, cls, args, kwargs)
 
     return forward
@@ -130,16 +130,27 @@ _outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _eagerly(module: nn.Module, cls: type[nn.Module], args: Any, kwargs: Any) -> Any:
-    return attached_to(module).forward(module, cls, args, kwargs)
+    attached: Any = attached_to(module)
+    return attached.forward(module, cls, args, kwargs)
 
 
-def attached_to(module: nn.Module) -> Attached:
+class Hung(Protocol):
+    """What hangs on a module that is cached in another way than as a whole."""
+
+    def undo(self, module: nn.Module) -> None:
+        """Put back what it changed about the module."""
+
+    def seen_through(self, module: nn.Module) -> Any:
+        """What `cache_of` gives."""
+
+
+def attached_to(module: nn.Module) -> Attached | Hung:
     """What hangs on a cached module; an instance of a decorated class that bypassed ``__init__`` gets it now."""
     found = module.__dict__.get(ATTACHED)
     if found is None:
         found = type(module)._modcache_attach(module)  # type: ignore[attr-defined]
-    assert isinstance(found, Attached)
-    return found
+    hung: Attached | Hung = found
+    return hung
 
 
 def _train(cls: type[nn.Module]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ ModcacheError
 ├── NotCachedError       (ValueError)    a verb was asked of a module that is not cached
 ├── LayeredError         (RuntimeError)  something was put on top of the cached module since
 ├── KeyExtractionError   (TypeError, ValueError)  a key extractor answered with no key
+├── CutError             (ValueError)    a model cannot be parted at a submodule, or not for this call
 ├── CacheMissError       (KeyError)      `mode("require-hit")` met rows that are not stored
 ├── StaleRecordError     (RuntimeError)  `verify=` recomputed a row and found another one stored
 └── FormatVersionError   (ValueError)    a cache directory was written by a newer modcache
@@ -16,6 +17,7 @@ from __future__ import annotations
 __all__ = [
     "CacheMissError",
     "CacheWarning",
+    "CutError",
     "FormatVersionError",
     "KeyExtractionError",
     "LayeredError",
@@ -49,6 +51,10 @@ class LayeredError(ModcacheError, RuntimeError):
 
 class KeyExtractionError(ModcacheError, TypeError, ValueError):
     """A key extractor gave something that cannot be a key; nothing was stored."""
+
+
+class CutError(ModcacheError, ValueError):
+    """A model cannot be parted there, or not for this call: with the reason, the module at fault, and the way out."""
 
 
 class CacheMissError(ModcacheError, KeyError):

@@ -10,6 +10,7 @@ from torch import nn
 
 from .ask import contained, explained, keys_of, row_count
 from .attached import Attached
+from .cut import Cut
 from .explain import Explanation
 from .memo import Bypass
 from .stats import CallHook, Stats
@@ -65,6 +66,11 @@ class Cache:
     def store(self) -> Store:
         """Where the rows lie."""
         return self._attached.memo.store
+
+    @property
+    def cut(self) -> Cut | None:
+        """Where a recycled model is cut, what that froze, and what is stored; ``None`` for other modules."""
+        return None
 
     @property
     def namespace(self) -> str:

@@ -23,7 +23,7 @@ from .stores import Store
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["CacheOptions", "cache_of", "cached_module", "is_cached", "uncached"]
+__all__ = ["CacheOptions", "cache_of", "cached_module", "is_cached", "requested_of", "uncached"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -115,7 +115,7 @@ def cached_module(
         "verify": verify,
     }
     asked = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
-    requested = _requested(**given)
+    requested = requested_of(**given)
     if module is None:
         return lambda cls: _wrapped(cls, requested, asked)
     return _wrapped(module, requested, asked)
@@ -146,16 +146,16 @@ def _wrapped(module: Any, requested: Requested, asked: dict[str, Any]) -> Any:
     return _wrap_instance(module, requested)
 
 
-def _requested(
+def requested_of(
     *,
-    key: Any,
-    store: Any,
-    prepare: Any,
-    broadcast: Any,
-    per_row: Any,
-    version: Any,
-    freeze: Any,
-    verify: Any,
+    key: Any = None,
+    store: Any = None,
+    prepare: Any = None,
+    broadcast: Any = (),
+    per_row: Any = True,
+    version: Any = None,
+    freeze: Any = False,
+    verify: Any = 0.0,
 ) -> Requested:
     """The options, checked.
 
@@ -234,7 +234,11 @@ def _wrap_class(cls: type[nn.Module], requested: Requested) -> type[nn.Module]:
 
 
 def _wrapped_again(module: nn.Module, requested: Requested, asked: dict[str, Any]) -> nn.Module:
-    before = attached_to(module).requested
+    hung = attached_to(module)
+    if not isinstance(hung, Attached):
+        name = type(module).__name__
+        raise UsageError(f"this {name} is recycled; call uncached(module) first to cache it as a whole")
+    before = hung.requested
     differing = [name for name in asked if getattr(requested, name) != getattr(before, name)]
     if differing:
         found = ", ".join(f"{name}={getattr(before, name)!r}" for name in differing)
@@ -281,7 +285,7 @@ def is_cached(module: nn.Module | type[nn.Module]) -> bool:
 
 
 def uncached(module: M) -> M:
-    """Undo `cached_module`, in place: the class, a forward that was patched, and what freezing changed.
+    """Undo `cached_module` or `recycle`, in place: the class, a forward that was patched, and what freezing changed.
 
     >>> import torch
     >>> from modcache import cached_module, uncached
@@ -313,13 +317,16 @@ def uncached(module: M) -> M:
             f"uncached(...) cannot undo: a forward ({module.__dict__['forward']!r}) was patched onto this "
             f"{cls.__name__} since; take that away first."
         )
-    attached = attached_to(module)
+    hung = attached_to(module)
     module.__class__ = original
     del module.__dict__[ATTACHED]
-    if attached.inside is not None:
-        module.__dict__["forward"] = attached.inside
-    if attached.before is not None:
-        thaw(module, attached.before)
+    if not isinstance(hung, Attached):
+        hung.undo(module)
+        return module
+    if hung.inside is not None:
+        module.__dict__["forward"] = hung.inside
+    if hung.before is not None:
+        thaw(module, hung.before)
     return module
 
 
@@ -339,7 +346,8 @@ def cache_of(module: nn.Module) -> Cache:
     _need_cached(module, "cache_of")
     if isinstance(module, type):
         raise UsageTypeError(f"cache_of(...) takes an instance; found the class {module.__name__}")
-    return Cache(module, attached_to(module))
+    hung = attached_to(module)
+    return Cache(module, hung) if isinstance(hung, Attached) else hung.seen_through(module)
 
 
 def _need_cached(module: object, verb: str) -> None:

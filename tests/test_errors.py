@@ -13,6 +13,7 @@ BUILT_IN = {
     "NotCachedError": ValueError,
     "LayeredError": RuntimeError,
     "KeyExtractionError": TypeError,
+    "CutError": ValueError,
     "FormatVersionError": ValueError,
     "CacheMissError": KeyError,
     "StaleRecordError": RuntimeError,

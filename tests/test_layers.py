@@ -13,7 +13,7 @@ LAYERS = [
     {"errors"},
     {"notices", "tensors"},
     {"digest", "rows"},
-    {"row_digests", "outputs", "stats", "modes", "batch"},
+    {"row_digests", "outputs", "stats", "modes", "batch", "cut"},
     {"arguments", "selfcheck"},
     {"fingerprint"},
     {"keys", "stores"},
@@ -27,6 +27,7 @@ LAYERS = [
     {"classes"},
     {"handle"},
     {"wrap"},
+    {"recycling"},
     {"__init__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

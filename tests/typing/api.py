@@ -14,6 +14,7 @@ from modcache import (
     CacheMissError,
     CacheWarning,
     CallReport,
+    CutError,
     DiskStore,
     Explanation,
     FormatVersionError,
@@ -34,6 +35,7 @@ from modcache import (
     keys,
     keys_for,
     mode,
+    recycle,
     register_key_extractor,
     uncached,
 )
@@ -111,6 +113,10 @@ def listen(report: CallReport) -> None:
 handle = cache.add_hook(listen)
 handle.remove()
 
+# Recycling.
+recycled: Encoder = recycle(Encoder(), at="inner", extra=True, store=MemoryStore())
+crossing: str = str(cache_of(recycled).cut)
+
 # Keys and modes.
 with mode("read-only"), keys_for(torch.arange(3)):
     encoder(torch.zeros(3))
@@ -130,7 +136,13 @@ def clip_key(clip: Clip) -> str:
 text: str = clip_key(Clip("a"))
 
 # Errors are the built-in ones, too.
-value_errors: list[type[ValueError]] = [UsageError, NotCachedError, KeyExtractionError, FormatVersionError]
+value_errors: list[type[ValueError]] = [
+    UsageError,
+    NotCachedError,
+    KeyExtractionError,
+    FormatVersionError,
+    CutError,
+]
 type_errors: list[type[TypeError]] = [UsageTypeError, KeyExtractionError]
 others: tuple[type[RuntimeError], type[RuntimeError], type[KeyError]] = (LayeredError, StaleRecordError, CacheMissError)
 warning: type[UserWarning] = CacheWarning

@@ -1,0 +1,339 @@
+"""Stand-ins for values that are not computed: shape, dtype and device, bound to a stored value at the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from typing_extensions import Self
+
+from ..errors import CutError
+from .trees import Step, located, mapped
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Derived", "Ghost", "Origin", "Sheet", "Spec", "spec_of", "unwrapped"]
+
+
+class Spec(NamedTuple):
+    """What is known of a tensor that nobody computed."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def spec_of(tensor: torch.Tensor) -> Spec:
+    """Shape, strides, dtype and device of a tensor."""
+    return Spec(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+
+class Origin(NamedTuple):
+    """A ghost that stands for an output of a module: its name, the number of the call, the place in the output."""
+
+    path: str
+    number: int
+    place: Step
+
+    def __str__(self) -> str:
+        again = f" (call {self.number})" if self.number else ""
+        return f"the output of {self.path}{again}"
+
+
+class Derived(NamedTuple):
+    """A ghost that the model's own code made of others."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    place: Step
+    versions: tuple[tuple[torch.Tensor, int], ...]
+
+    def __str__(self) -> str:
+        names = sorted({str(ghost.source) for _, ghost in located((self.args, dict(self.kwargs)), Ghost)})
+        return f"what {name_of(self.func)}(...) gives of {' and '.join(names)}"
+
+
+class Sheet(Protocol):
+    """What ghosts ask of the call that they belong to."""
+
+    reached: bool
+    """Whether the cut was reached, so that ghosts must have values."""
+    touched: set[int]
+    """Memory (of the meta device) that was written in place."""
+
+    def value_of(self, origin: Origin, ghost: Ghost) -> torch.Tensor:
+        """The stored value of a module's output, if it is one of those that are stored."""
+
+    def failed(self, error: CutError) -> CutError:
+        """Remember an error, which the model's own code might swallow."""
+
+
+class Ghost(torch.Tensor):
+    """A tensor without values. Once it is bound, it is the tensor that it is bound to, wherever it is used."""
+
+    sheet: Sheet
+    source: Origin | Derived
+    value: torch.Tensor | None
+    meta: torch.Tensor | None
+
+    @staticmethod
+    def __new__(cls, sheet: Sheet, spec: Spec, source: Origin | Derived, meta: torch.Tensor | None = None) -> Self:
+        """A ghost of this shape."""
+        made: Any = torch.Tensor._make_wrapper_subclass(
+            cls, spec.shape, strides=spec.stride, dtype=spec.dtype, device=spec.device
+        )
+        made.sheet, made.source, made.value, made.meta = sheet, source, None, meta
+        return made  # type: ignore[no-any-return]
+
+    def __init__(self, *args: Any) -> None:
+        """Everything is done when it is made."""
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        """Readable, without a value."""
+        with torch._C.DisableTorchFunctionSubclass():
+            shape, dtype = tuple(self.shape), self.dtype
+        return f"Ghost({self.source}, shape={shape}, dtype={dtype}, {'bound' if self.value is not None else 'unbound'})"
+
+    def __format__(self, spec: str) -> str:
+        """As its text."""
+        return repr(self) if self.value is None else format(self.value, spec)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Work out what an operation on ghosts gives."""
+        return _operate(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Reached only by what goes around functions of torch: there, a value is needed."""
+        kwargs = kwargs or {}
+        return func(*mapped(args, unwrapped), **mapped(kwargs, unwrapped))
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The value of a ghost, or the tensor itself.
+
+    Raises:
+        CutError: the ghost is not bound, and its value is not stored.
+    """
+    return _force(tensor) if type(tensor) is Ghost else tensor
+
+
+# --- operations -----------------------------------------------------------------------------------------
+
+_FACTS: frozenset[Any] = frozenset(
+    [getattr(torch.Tensor, name).__get__ for name in (
+        "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_nested",
+        "is_mkldnn", "is_xpu", "is_meta", "itemsize", "nbytes", "names", "is_leaf", "is_sparse_csr", "grad_fn",
+        "requires_grad", "grad", "retains_grad",
+    ) if hasattr(getattr(torch.Tensor, name, None), "__get__")]
+    + [getattr(torch.Tensor, name) for name in (
+        "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "element_size",
+        "is_floating_point", "is_complex", "is_signed", "__len__", "storage_offset", "get_device", "is_inference",
+        "is_conj", "is_neg", "is_same_size", "is_set_to", "is_shared", "is_pinned", "dim_order", "__hash__",
+    ) if hasattr(torch.Tensor, name)]
+    + [torch.is_floating_point, torch.is_complex, torch.numel, torch.is_conj, torch.is_neg, torch.is_inference,
+       torch.is_signed]
+)  # fmt: skip
+"""What a ghost knows of itself."""
+
+_LIKE = frozenset(
+    "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty new_tensor "
+    "new_empty_strided".split()
+)
+"""What asks a tensor for its shape and dtype only."""
+
+_DEMANDS = frozenset(
+    "item tolist numpy __array__ __bool__ __float__ __int__ __index__ __complex__ nonzero data_ptr equal allclose "
+    "is_nonzero unique unique_consecutive masked_select argwhere storage untyped_storage _typed_storage __contains__ "
+    "__dlpack__ __reduce_ex__ __array_wrap__ __cuda_array_interface__".split()
+)
+"""What asks for values, in Python."""
+
+_MOVES = frozenset(["to", "cpu", "cuda", "xpu", "type"])
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """A readable name of a function of torch."""
+    name = getattr(func, "__name__", repr(func))
+    if name in ("__get__", "__set__"):
+        return str(getattr(getattr(func, "__self__", None), "__name__", name))
+    return str(name)
+
+
+def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func in _FACTS:
+        ghost = args[0]
+        if type(ghost) is Ghost and ghost.value is not None:
+            return func(*mapped(args, unwrapped), **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    ghosts = [ghost for _, ghost in located((args, kwargs), Ghost)]
+    late = any(ghost.value is not None or ghost.sheet.reached for ghost in ghosts)
+    if late and name_of(func) in _LIKE:
+        return _like(func, args, kwargs)
+    if late and all(ghost.value is not None or ghost.sheet.reached for ghost in ghosts):
+        return func(*mapped(args, unwrapped), **mapped(kwargs, unwrapped))
+    return _imagined(func, args, kwargs, ghosts[0].sheet)
+
+
+def _like(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a function that asks for shapes only; it needs no values."""
+    args, kwargs = mapped(args, _stand_in, Ghost), mapped(kwargs, _stand_in, Ghost)
+    return func(*args, **kwargs)
+
+
+def _stand_in(ghost: Ghost) -> torch.Tensor:
+    if ghost.value is not None:
+        return ghost.value
+    spec = _spec(ghost)
+    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)
+
+
+def _spec(ghost: Ghost) -> Spec:
+    with torch._C.DisableTorchFunctionSubclass():
+        return spec_of(ghost)
+
+
+def _meta_of(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) is Ghost:
+        if tensor.meta is None:
+            spec = _spec(tensor)
+            tensor.meta = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
+        return tensor.meta
+    return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _imagined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sheet: Sheet) -> Any:
+    """What an operation gives, by the rules of the meta device: ghosts again."""
+    name = name_of(func)
+    if name in _DEMANDS or (name == "__set__"):
+        raise _demanded(sheet, func, args, kwargs)
+    if name == "requires_grad_":
+        return args[0]
+    known: dict[int, torch.Tensor] = {}
+    metas: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+
+    def to_meta(tensor: torch.Tensor) -> torch.Tensor:
+        meta = _meta_of(tensor)
+        known[id(meta)] = tensor
+        metas.append((tensor, meta, meta._version))
+        return meta
+
+    inner, options = mapped(args, to_meta), mapped(kwargs, to_meta)
+    first = next(ghost for _, ghost in located((args, kwargs), Ghost))
+    device = _spec(first).device
+    if name in _MOVES or "device" in options:
+        inner, options, device = _placed(name, args, inner, options, device)
+    try:
+        with torch.no_grad():
+            result = func(*inner, **options)
+    except Exception as error:
+        raise _demanded(sheet, func, args, kwargs, error) from None
+    for tensor, meta, version in metas:
+        if meta._version != version:
+            if type(tensor) is not Ghost:
+                raise sheet.failed(
+                    CutError(
+                        f"{name}(...) writes {first.source} into another tensor in place, before the cut. What is not "
+                        "computed cannot be written. Cut at a later submodule."
+                    )
+                )
+            sheet.touched.add(meta.untyped_storage()._cdata)
+    versions = tuple(
+        (tensor, tensor._version) for tensor, _, _ in metas if type(tensor) is not Ghost and not tensor.is_inference()
+    )
+    places = {id(leaf): place for place, leaf in located(result)}
+
+    def to_ghost(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in known:
+            return known[id(tensor)]
+        spec = spec_of(tensor)._replace(device=device)
+        source = Derived(func, args, kwargs, places[id(tensor)], versions)
+        return Ghost(sheet, spec, source, tensor)
+
+    return mapped(result, to_ghost)
+
+
+def _placed(
+    name: str, args: tuple[Any, ...], inner: tuple[Any, ...], options: dict[str, Any], device: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any], torch.device]:
+    """Leave the device out of an operation, and say which one it is."""
+    options = dict(options)
+    if options.get("device") is not None:
+        device = torch.device(options["device"])
+        options["device"] = "meta"
+    if name == "cpu":
+        return inner, options, torch.device("cpu")
+    if name in ("cuda", "xpu"):
+        return inner[:1], {}, torch.device(name, torch.cuda.current_device() if name == "cuda" else 0)
+    if name == "to":
+        rest: list[Any] = []
+        for given, meta in zip(args[1:], inner[1:], strict=True):
+            if isinstance(given, torch.Tensor):
+                device = given.device
+                rest.append(meta)
+            elif isinstance(given, (torch.device, str)):
+                device = torch.device(given)
+            else:
+                rest.append(meta)
+        inner = (inner[0], *rest)
+        if len(inner) == 1 and not {"dtype", "other", "memory_format"} & set(options):
+            options.pop("device", None)
+            options["dtype"] = inner[0].dtype
+    return inner, options, device
+
+
+def _demanded(
+    sheet: Sheet, func: Callable[..., Any], args: Any, kwargs: Any, error: Exception | None = None
+) -> CutError:
+    names = sorted({str(ghost.source) for _, ghost in located((args, dict(kwargs)), Ghost)})
+    why = (
+        ""
+        if error is None
+        else f" ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})"
+    )
+    return sheet.failed(
+        CutError(
+            f"before the cut, the model's own code asks for values of {' and '.join(names)} by {name_of(func)}(...)"
+            f"{why}, but on a resumed call they are not computed. Cut at an earlier submodule, whose input comes "
+            "before that, or at a later one inside of which that is done."
+        )
+    )
+
+
+# --- values ---------------------------------------------------------------------------------------------
+
+
+def _force(ghost: Ghost) -> torch.Tensor:
+    """The value of a ghost: bound, stored, or worked out of such."""
+    if ghost.value is not None:
+        return ghost.value
+    sheet, source = ghost.sheet, ghost.source
+    if ghost.meta is not None and ghost.meta.untyped_storage()._cdata in sheet.touched:
+        raise sheet.failed(
+            CutError(
+                f"{source} was written in place before the cut and is used again after it by another name. Its "
+                "value at that time is not stored. Cut at a later submodule."
+            )
+        )
+    if isinstance(source, Origin):
+        ghost.value = sheet.value_of(source, ghost)
+        return ghost.value
+    if any(tensor._version != version for tensor, version in source.versions):
+        raise sheet.failed(CutError(f"{source} is used after the cut, but what it is made of was changed meanwhile."))
+    if name_of(source.func) in _LIKE:
+        result = _like(source.func, source.args, dict(source.kwargs))
+    else:
+        result = source.func(*mapped(source.args, unwrapped), **mapped(dict(source.kwargs), unwrapped))
+    value: Any = dict(located(result))[source.place]
+    ghost.value = value
+    return ghost.value

@@ -1,0 +1,513 @@
+"""Find out, once per kind of call, how a model is parted at a cut; and refuse where that cannot be done rightly."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..arguments import Arguments
+from ..batch import take
+from ..errors import CutError
+from ..selfcheck import preserved_randomness, tolerance_of
+from .axes import CoupledError, agree, axis_of, slopes_of, to_rows
+from .ghosts import Ghost, Origin, unwrapped
+from .kinds import Asked, inputs_of
+from .plan import Plan, Shapes, Stored
+from .runs import Called, Capture, Reached, Resume, Template
+from .shadow import Shadow, running
+from .trace import Mark, Trace
+from .trees import Step, located, mapped, same_but_tensors
+
+__all__ = ["Found", "capture", "probe", "untouched"]
+
+_ROWS = 4
+"""Rows of the first batch that the probe runs on."""
+
+
+class Found(NamedTuple):
+    """What a capture gave.
+
+    Args:
+        capture: the run.
+        values: the tensors among the arguments of the cut, by place.
+    """
+
+    capture: Capture
+    values: dict[Step, torch.Tensor]
+
+
+def capture(run: Capture, shadow: Shadow, forward: Callable[..., Any], arguments: Arguments, at: str) -> Found:
+    """Run a model up to the cut, in eval mode and without grad.
+
+    Raises:
+        CutError: the cut was not reached.
+    """
+    shadow.take_over(training=False)
+    try:
+        with torch.no_grad(), running(run):
+            forward(shadow.root, *arguments.args, **arguments.kwargs)
+    except Reached:
+        pass
+    if run.arguments is None:
+        raise _not_reached(at, run.cut_calls)
+    return Found(run, dict(located(run.arguments)))
+
+
+def _not_reached(at: str, calls: int) -> CutError:
+    if calls:
+        return CutError(
+            f"{at} is called {calls} time{'s' if calls > 1 else ''} in this forward: there is no call={calls} of it. "
+            f"Give a lower call= (the first is 0)."
+        )
+    return CutError(
+        f"{at} is not called in this forward, so the model cannot be cut there. Cut at a submodule that is called (one "
+        "of its children, or what calls it)."
+    )
+
+
+# --- leaving no trace -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run things with the model in eval mode, and leave attributes, buffers, modes and randomness as they were."""
+    modules = list(model.modules())
+    before = [dict(vars(module)) for module in modules]
+    buffers = [
+        (module, name, value, None if value is None else value.detach().clone())
+        for module in modules
+        for name, value in vars(module)["_buffers"].items()
+    ]
+    with preserved_randomness():
+        try:
+            for module in modules:
+                vars(module)["training"] = False
+            yield
+        finally:
+            for module, was in zip(modules, before, strict=True):
+                _put_back(module, was)
+            with torch.no_grad():
+                for module, name, value, content in buffers:
+                    vars(module)["_buffers"][name] = value
+                    if value is not None and content is not None and not _same(value, content):
+                        value.copy_(content)
+
+
+def _put_back(module: nn.Module, was: dict[str, Any]) -> None:
+    now = vars(module)
+    for name in [name for name in now if name not in was]:
+        if not name.startswith("_output_capturing"):  # transformers' hooks stay installed, and so does their note
+            del now[name]
+    now.update({name: value for name, value in was.items() if not name.startswith("_output_capturing")})
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and (torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num()))
+
+
+# --- the probe ------------------------------------------------------------------------------------------
+
+
+class _Probe:
+    """One probe of one kind of call."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        shadow: Shadow,
+        asked: Asked,
+        at: str,
+        call: int,
+        extra: bool,
+    ) -> None:
+        self.model, self.forward, self.shadow = model, forward, shadow
+        self.asked, self.at, self.call, self.extra = asked, at, call, extra
+        self.count = min(asked.batch.size, _ROWS)
+        dtypes = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
+        self.floor = max([0.0, *(tolerance_of(dtype) for dtype in dtypes if dtype in (torch.float16, torch.bfloat16))])
+
+    def taken(self, places: Sequence[int]) -> Arguments:
+        if self.asked.batch.size == len(places) and list(places) == list(range(len(places))):
+            return self.asked.arguments
+        return self.asked.arguments.taken(self.asked.batch, list(places))
+
+    def full(self, arguments: Arguments) -> Any:
+        with torch.no_grad(), running(None):
+            return self.forward(self.model, *arguments.args, **arguments.kwargs)
+
+    def captured(self, arguments: Arguments, trace: Trace | None = None) -> Found:
+        return capture(Capture(self.call, trace=trace), self.shadow, self.forward, arguments, self.at)
+
+    def run(self) -> tuple[Plan, tuple[str, ...]]:
+        rows = list(range(self.count))
+        batch = self.taken(rows)
+        output = self.full(batch)
+        if next((True for _, leaf in located(output) if leaf.is_nested), False):
+            raise CutError(f"{self.at}: the model returns a nested tensor. Use uncached(model).")
+        stashes = _Stashes(self.model)
+        trace, found = self._traced(batch)
+        stashes.refuse(trace, found.capture)
+        turned = self.captured(self.taken(rows[::-1]))
+        first = self.captured(self.taken(rows[:1]))
+        rest = self.captured(self.taken(rows[1:]))
+        captures = (found, turned, first, rest)
+        self._compare_structures(captures)
+        ghostly = self._ghostly(found)
+        if not ghostly:
+            raise CutError(
+                f"{self.at}: nothing that it is given is computed by a module with parameters before it, so there is "
+                "nothing to store. Cut at a later submodule."
+            )
+        marks = trace.all_marks([found.values[step] for step in ghostly])
+        resumed, marks, after = self._learned(found, ghostly, marks, trace, batch, output)
+        stored = [*ghostly, *resumed]
+        axes = self._axes(stored, captures)
+        plan = self._plan(found, captures, stored, axes, marks, after)
+        return plan, ()
+
+    def _traced(self, batch: Arguments) -> tuple[Trace, Found]:
+        trace = Trace()
+        named = ((Mark("parameter", name), p) for name, p in self.model.named_parameters(remove_duplicate=False))
+        for mark, tensor in named:
+            trace.mark([tensor], mark, given=True)
+        for name, buffer in self.model.named_buffers(remove_duplicate=False):
+            trace.mark([buffer], Mark("buffer", name), given=True)
+        taken = Asked(batch, self.asked.batch, (), ())
+        for path, value in self._leaves(taken):
+            trace.mark([leaf for _, leaf in located(value)], Mark("input", path), given=True)
+        with trace:
+            found = self.captured(batch, trace)
+        for marks in trace.written:
+            kinds = {mark.kind for mark in marks}
+            name = ", ".join(sorted({mark.name for mark in marks if mark.kind in ("buffer", "input", "parameter")})[:3])
+            what = "a buffer" if "buffer" in kinds else "an input" if "input" in kinds else "a parameter"
+            raise CutError(
+                f"{self.at}: before the cut, the forward writes into {what} in place ({name}), which a resumed call "
+                "would not do. Cut at an earlier submodule, or take that write out."
+            )
+        return trace, found
+
+    def _leaves(self, asked: Asked) -> Iterator[tuple[str, Any]]:
+        """Paths of all inputs, with their values in the call that the probe runs on."""
+        for column in self.asked.batch.columns:
+            yield column.path, _at(asked.arguments, column.path)
+        for path, _ in self.asked.batch.shared:
+            yield path, _at(asked.arguments, path)
+
+    def _compare_structures(self, captures: tuple[Found, ...]) -> None:
+        full = captures[0]
+        for other in captures[1:]:
+            if full.capture.templates.keys() != other.capture.templates.keys():
+                names = {path for path, _ in full.capture.templates.keys() ^ other.capture.templates.keys()}
+                raise CutError(
+                    f"{', '.join(sorted(names)[:3])}: whether it is called before the cut depends on which rows are in "
+                    "the batch. Cut at an earlier submodule, or make the way the same for all rows."
+                )
+            for called, output in full.capture.outputs.items():
+                if not same_but_tensors(output, other.capture.outputs[called]):
+                    raise CutError(
+                        f"{called[0]}, which comes before the cut, returns beside tensors something that depends on "
+                        "which rows are in the batch. Cut at an earlier submodule."
+                    )
+
+    def _ghostly(self, found: Found) -> tuple[Step, ...]:
+        """The places among the arguments of the cut that only modules before it can fill."""
+        run = Resume(self.call, found.capture.templates, frozenset(), frozenset(), None, {})
+        with contextlib.suppress(Reached):
+            self._resumed(
+                run, self.asked.arguments if self.count == self.asked.batch.size else self.taken(range(self.count))
+            )
+        if run.error is not None:
+            raise run.error
+        return run.ghostly
+
+    def _resumed(self, run: Resume, arguments: Arguments) -> Any:
+        self.shadow.take_over(training=False)
+        with torch.no_grad(), running(run):
+            output = self.forward(self.shadow.root, *arguments.args, **arguments.kwargs)
+            return mapped(output, unwrapped, Ghost)
+
+    def _learned(
+        self,
+        found: Found,
+        ghostly: tuple[Step, ...],
+        marks: frozenset[Mark],
+        trace: Trace,
+        batch: Arguments,
+        output: Any,
+    ) -> tuple[list[Origin], frozenset[Mark], set[str]]:
+        """Resume, and see which other outputs are needed; the result must be that of the whole model."""
+        extras: dict[Origin, None] = {}
+        while True:
+            feeding = {(mark.name, mark.number) for mark in marks if mark.kind == "module"}
+            live = frozenset(called for called in found.capture.templates if called not in feeding)
+            self.full(self.taken([0] * self.count))  # what was hidden away in the first run is overwritten
+            known = found.capture.outputs if self.extra else {}
+            values = {step: found.values[step] for step in ghostly}
+            run = Resume(self.call, found.capture.templates, live, frozenset(), values, {}, known)
+            again = self._finished(run, batch)
+            new = [origin for origin in run.needed if origin not in extras]
+            extras.update(dict.fromkeys(new))
+            if not new:
+                break
+            outputs = [dict(located(found.capture.outputs[o.path, o.number]))[o.place] for o in new]
+            marks |= trace.all_marks(outputs)
+        if (differs := _difference(output, again, self.floor)) is not None:
+            raise CutError(
+                f"{self.at}: resumed at the cut, the model gives something else than in full ({differs}). A value from "
+                "before the cut reaches what comes after it by a way that nobody can see (a global, a closure, an "
+                "object, a hook). Cut at a later submodule, or at one that comes before that."
+            )
+        return list(extras), marks, run.after
+
+    def _finished(self, run: Resume, batch: Arguments) -> Any:
+        try:
+            output = self._resumed(run, batch)
+        except Exception:
+            if run.error is not None:
+                raise run.error from None
+            raise
+        if run.error is not None:
+            raise run.error
+        if not run.reached:
+            raise _not_reached(self.at, 0)
+        return output
+
+    def _axes(self, stored: list[Any], captures: tuple[Found, ...]) -> dict[Any, Any]:
+        axes = {}
+        for source in stored:
+            try:
+                full, turned, first, rest = (_value(found, source) for found in captures)
+            except KeyError:
+                raise CutError(
+                    f"{self.at}: which tensors it is given depends on which rows are in the batch. Cut at an earlier "
+                    "submodule."
+                ) from None
+            try:
+                axes[source] = axis_of(full, turned, first, rest, self.count, self.floor)
+            except CoupledError as reason:
+                what = str(source) if isinstance(source, Origin) else f"what {self.at} is given"
+                raise CutError(
+                    f"{what} cannot be stored by row: {reason}. Its rows depend on each other, on chance, or on their "
+                    "place. Cut at an earlier submodule, or make the trunk deterministic."
+                ) from None
+        if all(axis is None for axis in axes.values()):
+            raise CutError(f"{self.at}: nothing that crosses the cut has rows. Cut at a later submodule.")
+        return axes
+
+    def _plan(
+        self,
+        found: Found,
+        captures: tuple[Found, ...],
+        stored: list[Any],
+        axes: dict[Any, Any],
+        marks: frozenset[Mark],
+        after: set[str],
+    ) -> Plan:
+        full, _, first, rest = (one.capture for one in captures)
+        feeding = {(mark.name, mark.number) for mark in marks if mark.kind == "module"}
+        stubs = frozenset(called for called in full.templates if called in feeding)
+        trunk = tuple(sorted({path for path, _ in feeding}))
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        fed = {mark.name for mark in marks if mark.kind == "parameter"}
+        frozen = {name for name in parameters if name in fed or _lies_in(name, stubs)}
+        tied = {id(parameters[name]) for name in frozen}
+        frozen |= {name for name, value in parameters.items() if id(value) in tied}
+        buffers = {mark.name for mark in marks if mark.kind == "buffer"}
+        direct = tuple(sorted(name for name in fed | buffers if not _lies_in(name, feeding)))
+        slopes = {called: self._slopes(called, full, first, rest) for called in stubs}
+        facts = tuple(_stored(source, axes[source], _value(found, source)) for source in stored)
+        inputs = tuple(sorted({mark.name for mark in marks if mark.kind == "input"}))
+        if any(stored.axis is None for stored in facts):
+            self._refuse_coupled(found, [source for source in stored if axes[source] is None])
+        return Plan(
+            tag=self.asked.tag,
+            at=self.at,
+            call=self.call,
+            inputs=inputs,
+            stubs=stubs,
+            live=frozenset(called for called in full.templates if called not in feeding),
+            bare=frozenset(full.bare),
+            stored=facts,
+            slopes=slopes,
+            trunk=trunk,
+            twins=frozenset(trunk) & after,
+            direct=direct,
+            frozen=tuple(sorted(frozen)),
+        )
+
+    def _refuse_coupled(self, found: Found, shared: list[Any]) -> None:
+        return None
+
+    def _slopes(self, called: Called, full: Capture, first: Capture, rest: Capture) -> Any:
+        shapes: list[Template] = [run.templates[called] for run in (full, first, rest)]
+        found = []
+        each = zip(*(_specs(template) for template in shapes), strict=True)
+        for one, alone, others in each:
+            slopes = slopes_of(one.shape, alone.shape, others.shape, self.count)
+            if slopes is None:
+                raise CutError(
+                    f"{called[0]}, which comes before the cut, returns a tensor whose shape depends on which rows are "
+                    f"in the batch ({one.shape}, {alone.shape}, {others.shape}). Cut at an earlier submodule."
+                )
+            found.append(slopes)
+        return tuple(found)
+
+
+def _specs(template: Template) -> list[Any]:
+    from .ghosts import Spec
+
+    return [spec for _, spec in located(template.value, Spec)]
+
+
+def _value(found: Found, source: Any) -> torch.Tensor:
+    if isinstance(source, Origin):
+        output = found.capture.outputs[source.path, source.number]
+        value: torch.Tensor = dict(located(output))[source.place]
+        return value
+    return found.values[source]
+
+
+def _stored(source: Any, axis: Any, value: torch.Tensor) -> Stored:
+    rows = value if axis is None else to_rows(value, axis)[0]
+    return Stored(source, axis, rows.numel() * rows.element_size(), tuple(rows.shape), rows.dtype)
+
+
+def _lies_in(name: str, modules: Any) -> bool:
+    return any(name.startswith(f"{path}.") for path, _ in modules)
+
+
+def _at(arguments: Arguments, path: str) -> Any:
+    """The value at a path of the arguments."""
+    for name, value in arguments.bound():
+        if path == name:
+            return value
+        if path.startswith((f"{name}.", f"{name}[")):
+            return _inside(value, path[len(name) :])
+    raise AssertionError(f"{path} is no argument")
+
+
+def _inside(value: Any, path: str) -> Any:
+    from ..batch import items_of
+
+    for step, item in items_of(value):
+        if path == step:
+            return item
+        if path.startswith((f"{step}.", f"{step}[")):
+            return _inside(item, path[len(step) :])
+    return value
+
+
+def _difference(one: Any, other: Any, floor: float) -> str | None:
+    """In what two outputs differ."""
+    left, right = list(located(one)), list(located(other))
+    if [step for step, _ in left] != [step for step, _ in right] or not same_but_tensors(one, other):
+        return "another structure"
+    for (step, mine), (_, yours) in zip(left, right, strict=True):
+        where = "".join(f"[{part!r}]" for part in step) or "the output"
+        if mine.shape != yours.shape or mine.dtype != yours.dtype:
+            return f"{where}: shape {tuple(yours.shape)} for {tuple(mine.shape)}"
+        if not agree(mine, yours, floor, exact=1e-2 if not floor else 1.0):
+            return f"{where}: other values"
+    return None
+
+
+class _Stashes:
+    """Tensors in the attributes of modules: one that is put there before the cut would be stale when resumed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before = {
+            (name, key): [id(leaf) for _, leaf in located(value)]
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if key not in _INNER
+        }
+        self._versions = {id(b): b._version for b in model.buffers() if not b.is_inference()}
+
+    def refuse(self, trace: Trace, run: Capture) -> None:
+        called = [path for path, _ in run.templates]
+        for name, module in self._model.named_modules():
+            inside = any(name == path or name.startswith(f"{path}.") for path in called)
+            if not inside:
+                continue
+            for key, value in vars(module).items():
+                if key in _INNER:
+                    continue
+                leaves = [leaf for _, leaf in located(value)]
+                if [id(leaf) for leaf in leaves] == self._before.get((name, key), []):
+                    continue
+                if any(mark.kind == "input" for mark in trace.all_marks(leaves)):
+                    raise CutError(
+                        f"{name}, which comes before the cut, puts tensors into its attribute {key}; on a resumed call "
+                        "it does not run, and they would be those of another batch. Cut at an earlier submodule, or "
+                        "return them."
+                    )
+            for key, buffer in vars(module)["_buffers"].items():
+                version = None if buffer is None or buffer.is_inference() else buffer._version
+                if version is not None and self._versions.get(id(buffer), version) != version:
+                    raise CutError(
+                        f"{name}, which comes before the cut, writes into its buffer {key}; on a resumed call it does "
+                        "not run. Cut at an earlier submodule, or take that write out."
+                    )
+
+
+_INNER = frozenset(vars(nn.Module()))
+
+
+def probe(
+    model: nn.Module, forward: Callable[..., Any], shadow: Shadow, asked: Asked, at: str, call: int, extra: bool
+) -> Plan:
+    """Part a model for this kind of call.
+
+    Raises:
+        CutError: that cannot be done rightly.
+    """
+    if asked.batch.size < 2:
+        raise CutError(
+            f"{at}: the first batch has one row, which does not tell rows from the rest. Call the model with two "
+            "or more rows first, or give recycle(..., batch=...) such a batch."
+        )
+    with untouched(model):
+        return _Probe(model, forward, shadow, asked, at, call, extra).run()[0]
+
+
+def learn_shapes(
+    plan: Plan, shadow: Shadow, forward: Callable[..., Any], arguments: Arguments, rows: int
+) -> tuple[Shapes, Found]:
+    """What the modules before the cut return for these inputs."""
+    run = Capture(plan.call, plan.twins, plan.extras)
+    found = capture(run, shadow, forward, arguments, plan.at)
+    return shapes_of(plan, found, rows), found
+
+
+def shapes_of(plan: Plan, found: Found, rows: int) -> Shapes:
+    """The shapes, and the values that all rows share, of a capture."""
+    shared = {stored.source: _value(found, stored.source).detach().clone() for stored in plan.shared}
+    return Shapes(rows, found.capture.templates, shared)
+
+
+def rows_of_capture(plan: Plan, found: Found) -> tuple[torch.Tensor, ...]:
+    """The tensors of the records, rows first.
+
+    Raises:
+        CutError: a tensor that is to be stored did not come.
+    """
+    tensors = []
+    for stored in plan.per_row:
+        try:
+            value = _value(found, stored.source)
+        except KeyError:
+            raise CutError(f"{plan.at}: {stored} is not given on this call. Cut at an earlier submodule.") from None
+        assert stored.axis is not None
+        tensors.append(to_rows(value, stored.axis))
+    return tuple(tensors)
+
+
+__all__ += ["learn_shapes", "rows_of_capture", "shapes_of"]
+_ = inputs_of, take

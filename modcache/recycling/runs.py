@@ -1,0 +1,237 @@
+"""The two ways to run a shadow: up to the cut for the rows that are missing, and from the cut on for all rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import CutError
+from .ghosts import Ghost, Origin, Spec, spec_of, unwrapped
+from .shadow import Place, eval_twin
+from .trace import Mark, Trace
+from .trees import Step, hidden_tensors, located, mapped
+
+__all__ = ["Called", "Capture", "Reached", "Resume", "Template", "template_of"]
+
+Called = tuple[str, int]
+"""The name of a module, and the number of a call of it within one forward."""
+
+
+class Reached(BaseException):
+    """The cut is reached, and nothing after it is needed."""
+
+
+class Template(NamedTuple):
+    """What a module returned, with shapes in the places of tensors."""
+
+    value: Any
+    steps: tuple[Step, ...]
+
+    def ghosts(self, sheet: Resume, called: Called) -> Any:
+        """The same structure with ghosts in it."""
+        path, number = called
+        if type(self.value) is Spec:
+            return Ghost(sheet, self.value, Origin(path, number, ()))
+        steps = iter(self.steps)
+        return mapped(self.value, lambda spec: Ghost(sheet, spec, Origin(path, number, next(steps))), Spec)
+
+
+def template_of(output: Any) -> Template:
+    """The shapes of what a module returned."""
+    return Template(mapped(output, spec_of), tuple(step for step, _ in located(output)))
+
+
+class Capture:
+    """A forward of the modules before the cut, which ends there; in eval mode.
+
+    Args:
+        call: the number of the call of the cut at which it ends.
+        twins: modules that are used after the cut too, so that their own mode says nothing.
+        keep: whose outputs are wanted beside the arguments of the cut; ``None`` keeps all.
+        trace: follows values, if that is wanted.
+    """
+
+    def __init__(
+        self,
+        call: int,
+        twins: AbstractSet[str] = frozenset(),
+        keep: AbstractSet[Called] | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        self._call = call
+        self._twins = twins
+        self._keep = keep
+        self._trace = trace
+        self._counts: Counter[str] = Counter()
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.outputs: dict[Called, Any] = {}
+        self.templates: dict[Called, Template] = {}
+        self.bare: set[Called] = set()
+        self.cut_calls = 0
+
+    def called(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module behind a gate, unless it is the cut."""
+        number = self._counts[place.path]
+        self._counts[place.path] += 1
+        if place.cut:
+            self.cut_calls += 1
+            if number == self._call:
+                self.arguments = args, kwargs
+                raise Reached
+        module = eval_twin(place.module) if place.path in self._twins else place.module
+        before = self._hidden(args, kwargs)
+        output = module(*args, **kwargs)
+        called = place.path, number
+        if self._trace is not None:
+            self._look_at(place, output, before, self._hidden(args, kwargs))
+            self._trace.mark((tensor for _, tensor in located(output)), Mark("module", *called))
+        if place.bare:
+            self.bare.add(called)
+            return output
+        if self._keep is None or called in self._keep:
+            self.outputs[called] = output
+        self.templates[called] = template_of(output)
+        return output
+
+    def _hidden(self, args: Any, kwargs: Any) -> list[torch.Tensor]:
+        return [] if self._trace is None else [*hidden_tensors((args, kwargs)), *_listed((args, kwargs))]
+
+    def _look_at(self, place: Place, output: Any, before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
+        if len(before) != len(after) or any(one is not other for one, other in zip(before, after, strict=True)):
+            raise CutError(
+                f"{place.path}, which comes before the cut, puts tensors into an object that it is given (a key-value "
+                "cache, a list); on a resumed call it does not run. Switch that off (use_cache=False), or cut at an "
+                "earlier submodule."
+            )
+        for tensor in (tensor for _, tensor in located(output)):
+            if tensor.is_nested or tensor.layout is not torch.strided:
+                raise CutError(
+                    f"{place.path}, which comes before the cut, returns a nested, packed or sparse tensor, of which "
+                    "nobody can tell the rows. Cut at an earlier submodule, or give it padded tensors."
+                )
+        if next(hidden_tensors(output), None) is not None:
+            raise CutError(
+                f"{place.path}, which comes before the cut, returns an object with tensors inside (a "
+                f"{_opaque_name(output)}), which cannot be stored. Switch that off (use_cache=False), or cut at an "
+                "earlier submodule."
+            )
+
+
+def _listed(value: Any) -> list[torch.Tensor]:
+    """The tensors in lists and mappings, which a module may change."""
+    return [tensor for _, tensor in located(value)]
+
+
+def _opaque_name(value: Any) -> str:
+    names = sorted({type(part).__name__ for _, part in located(value, object)})
+    return ", ".join(names)
+
+
+class Resume:
+    """A forward of the user's own model code in which nothing before the cut is computed.
+
+    Args:
+        call: the number of the call of the cut at which the stored values come in.
+        templates: what the modules before the cut return, but for values.
+        live: modules that come before the cut and do not feed it: they run.
+        twins: modules that are used before and after the cut.
+        values: the stored tensors among the arguments of the cut, by place; ``None`` ends there.
+        extras: stored outputs of modules.
+        known: outputs that may be taken, because it is to be found out which are needed.
+    """
+
+    def __init__(
+        self,
+        call: int,
+        templates: Mapping[Called, Template],
+        live: AbstractSet[Called],
+        twins: AbstractSet[str],
+        values: Mapping[Step, torch.Tensor] | None,
+        extras: Mapping[Origin, torch.Tensor],
+        known: Mapping[Called, Any] | None = None,
+    ) -> None:
+        self._call = call
+        self._templates = templates
+        self._live = live
+        self._twins = twins
+        self._values = values
+        self._extras = extras
+        self._known = known
+        self._counts: dict[str, int] = {}
+        self.reached = False
+        self.touched: set[int] = set()
+        self.error: CutError | None = None
+        self.needed: dict[Origin, None] = {}
+        self.ghostly: tuple[Step, ...] = ()
+        self.after: set[str] = set()
+
+    def called(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module behind a gate, or hand out ghosts in its stead."""
+        if self.reached:
+            if self._known is not None:
+                self.after.add(place.path)
+            return place.module(*mapped(args, unwrapped, Ghost), **mapped(kwargs, unwrapped, Ghost))
+        path = place.path
+        number = self._counts.get(path, 0)
+        self._counts[path] = number + 1
+        called = path, number
+        if place.cut and number == self._call:
+            self._bind(path, args, kwargs)
+            return place.module(*mapped(args, unwrapped, Ghost), **mapped(kwargs, unwrapped, Ghost))
+        template = self._templates.get(called)
+        if template is not None and called not in self._live:
+            return template.ghosts(self, called)
+        if place.bare:
+            module = eval_twin(place.module) if path in self._twins else place.module
+            return module(*args, **kwargs)
+        if called in self._live:
+            return place.module(*mapped(args, unwrapped, Ghost), **mapped(kwargs, unwrapped, Ghost))
+        raise self.failed(
+            CutError(
+                f"{path} is called before the cut (call {number}), but was not when this kind of call was probed: the "
+                "way to the cut depends on values, on chance (layer drop) or on training mode. Cut at an earlier "
+                "submodule, or make the way the same."
+            )
+        )
+
+    def _bind(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ghosts = [(step, ghost) for step, ghost in located((args, kwargs)) if type(ghost) is Ghost]
+        self.ghostly = tuple(step for step, _ in ghosts)
+        if self._values is None:
+            raise Reached
+        if set(self.ghostly) != set(self._values):
+            raise self.failed(
+                CutError(f"{path} is given other tensors from before the cut than when this kind of call was probed.")
+            )
+        for step, ghost in ghosts:
+            ghost.value = self._values[step]
+        self.reached = True
+
+    def value_of(self, origin: Origin, ghost: Ghost) -> torch.Tensor:
+        """The stored value of a module's output."""
+        value = self._extras.get(origin)
+        if value is not None:
+            return value
+        if self._known is not None and (origin.path, origin.number) in self._known:
+            self.needed[origin] = None
+            found: torch.Tensor = dict(located(self._known[origin.path, origin.number]))[origin.place]
+            return found
+        with torch._C.DisableTorchFunctionSubclass():
+            shape, dtype = tuple(ghost.shape), ghost.dtype
+        raise self.failed(
+            CutError(
+                f"{origin}, of shape {shape} and {dtype}, is made before the cut and used after it, but it is no "
+                "argument of the cut, so it is not stored. Cut at a later submodule, or give extra=True, which stores "
+                "it too."
+            )
+        )
+
+    def failed(self, error: CutError) -> CutError:
+        """Remember the first error: the model's own code may swallow it."""
+        if self.error is None:
+            self.error = error
+        return error

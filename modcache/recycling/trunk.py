@@ -1,0 +1,206 @@
+"""The trunk as a module of its own, so that the machinery of cached modules can name it, run it and store its rows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..arguments import Arguments
+from ..attached import Attached, Requested
+from ..classes import original_class
+from ..errors import CutError
+from ..fingerprint import Standing
+from ..manifests import TokenDims
+from ..memo import Bypass, Memo
+from ..recipe import Form
+from .plan import Plan
+
+__all__ = ["Parted", "ProbedMemo", "Trunk", "TrunkAttached", "capturing", "trainable"]
+
+
+class _Local(threading.local):
+    run: Callable[[dict[str, Any]], Any] | None = None
+
+
+_local = _Local()
+
+
+class capturing:  # noqa: N801 - a context manager, used like a function
+    """What a trunk does when it is called by this thread."""
+
+    __slots__ = ("_before", "_run")
+
+    def __init__(self, run: Callable[[dict[str, Any]], Any]) -> None:
+        self._run = run
+
+    def __enter__(self) -> None:
+        self._before, _local.run = _local.run, self._run
+
+    def __exit__(self, *exc: object) -> None:
+        _local.run = self._before
+
+
+class Trunk(nn.Module):
+    """The modules, parameters and buffers that feed a cut, and what of their ancestors counts.
+
+    Its forward takes the inputs that feed the cut and returns the tensors that cross it, rows first.
+    """
+
+    def __init__(self, pruned: nn.Module, plan: Plan) -> None:
+        super().__init__()
+        self.at, self.call, self.stored = plan.at, plan.call, tuple(map(str, plan.per_row))
+        self.model = pruned
+        self.eval()
+
+    def forward(self, **inputs: Any) -> Any:
+        """The tensors that cross the cut, for these rows."""
+        assert _local.run is not None, "a trunk is called by the model that it belongs to"
+        return _local.run(inputs)
+
+
+class Parted:
+    """The trunk of a model, and how it is kept in step with it.
+
+    Args:
+        model: the model.
+        plan: what feeds the cut.
+        attached: names, runs and stores it.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, attached: TrunkAttached) -> None:
+        pruned = _Pruned(model, plan)
+        self._pairs = pruned.pairs
+        self.trunk = Trunk(pruned.root, plan)
+        self.attached = attached
+
+    def take_over(self) -> None:
+        """Give the copies of the ancestors the attributes that these have now."""
+        for original, copied in self._pairs:
+            theirs = {name: value for name, value in vars(original).items() if name not in _INNER}
+            mine = vars(copied)
+            for name in [name for name in mine if name not in theirs and name not in _INNER]:
+                del mine[name]
+            mine.update(theirs)
+
+
+_INNER = frozenset(vars(nn.Module())) | {"_modcache", "forward"}
+
+
+class _Pruned:
+    """Copies of the ancestors of a trunk that have the trunk's modules, parameters and buffers only."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self._trunk = set(plan.trunk)
+        self._direct = set(plan.direct)
+        self._twins = plan.twins
+        self._names: dict[int, str] = {}
+        for name, module in model.named_modules():
+            self._names.setdefault(id(module), name)
+        self._wanted: set[str] = {""}
+        for name in (*plan.trunk, *plan.direct):
+            steps = name.split(".")
+            self._wanted |= {".".join(steps[:count]) for count in range(len(steps) + 1)}
+        self.pairs: list[tuple[nn.Module, nn.Module]] = []
+        self.root = self._copy(model, "")
+
+    def _copy(self, module: nn.Module, path: str) -> nn.Module:
+        cls: Any = original_class(type(module)) or type(module)
+        other: nn.Module = object.__new__(cls)
+        object.__setattr__(other, "__dict__", dict(vars(nn.Module())))
+        mine = vars(other)
+        mine["training"] = False
+        for kind in ("_parameters", "_buffers"):
+            mine[kind] = {
+                name: value
+                for name, value in vars(module)[kind].items()
+                if (f"{path}.{name}" if path else name) in self._direct
+            }
+        if path:  # those of the model itself ran already, on the arguments that it was called with
+            for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+                mine[name] = vars(module)[name]
+        for name, child in vars(module)["_modules"].items():
+            inner = f"{path}.{name}" if path else name
+            if child is None:
+                continue
+            known = self._names[id(child)]
+            if known in self._trunk:
+                mine["_modules"][name] = self._twin(child) if known in self._twins else child
+            elif inner == known and inner in self._wanted:
+                mine["_modules"][name] = self._copy(child, inner)
+        self.pairs.append((module, other))
+        return other
+
+    def _twin(self, module: nn.Module) -> nn.Module:
+        """The same module in eval mode: elsewhere in the model it follows the model's own."""
+        other: nn.Module = object.__new__(type(module))
+        object.__setattr__(other, "__dict__", dict(vars(module)))
+        mine = vars(other)
+        mine["training"] = False
+        mine["_modules"] = {
+            name: None if child is None else self._twin(child) for name, child in vars(module)["_modules"].items()
+        }
+        self.pairs.append((module, other))
+        return other
+
+
+class ProbedMemo(Memo):
+    """A probe looked closer at the rows than a self-check does."""
+
+    def passed(self, namespace: str, form: Form) -> TokenDims | None:
+        """Whether rows of this form may be served."""
+        known = super().passed(namespace, form)
+        if known is None and self.options.extractor.name != "tokens" and self.blocked(form) is None:
+            return ()
+        return known
+
+
+class TrunkAttached(Attached):
+    """What hangs on a trunk.
+
+    Args:
+        requested: the options.
+        memo: shared by all trunks of one model.
+    """
+
+    def __init__(self, requested: Requested, memo: Memo) -> None:
+        super().__init__(memo.name, requested, store=memo.store)
+        self.memo = memo
+
+    def refuse(self, module: nn.Module, grad: bool) -> Standing:
+        """How the trunk stands.
+
+        Raises:
+            Bypass: a call of it would be run as if uncached.
+            CutError: something in it is trained, which it would not be.
+        """
+        try:
+            return super().refuse(module, grad)
+        except Bypass as reason:
+            if reason.reason == "trainable parameters":
+                raise trainable(module, self.memo.name) from None
+            if reason.reason != "training mode":
+                raise
+        for child in module.modules():  # somebody called train() on a part of the trunk
+            child.training = False
+        return super().refuse(module, grad)
+
+    def _bind(self, original: type[nn.Module]) -> Any:
+        return _by_keyword
+
+
+def _by_keyword(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    """The inputs of a trunk have the names and the order that they were given."""
+    return Arguments(args, kwargs, tuple((name, name) for name in kwargs))
+
+
+def trainable(module: nn.Module, name: str) -> CutError:
+    """Something that feeds the cut requires grad; to be raised."""
+    found = [path.removeprefix("model.") for path, value in module.named_parameters() if value.requires_grad]
+    shown = ", ".join(found[:3]) or "a tensor that is no parameter"
+    return CutError(
+        f"{name}: {shown} feeds the cut and requires grad, but what feeds the cut is frozen and would not be trained. "
+        "Call requires_grad_(False) on it, cut at an earlier submodule, or call uncached(model)."
+    )
