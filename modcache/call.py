@@ -15,8 +15,8 @@ from .compute import Computed, Host, Job, Part, compute, compute_again, run_unca
 from .errors import CacheMissError, StaleRecordError
 from .hit import Missed, Site
 from .keys import Given
+from .keys.padding import pad_rows
 from .keys.parts import shared_digests
-from .keys.tokens import pad_rows
 from .memo import Bypass, Memo
 from .modes import current_mode
 from .outputs import UnknownClassError, tree_of

@@ -13,7 +13,8 @@ from .arguments import Arguments, Binder
 from .batch import Batch, tensors_in
 from .hit import Site
 from .keys import Keyed
-from .keys.tokens import TokenRows, fit_tokens, token_dims, unpad_rows
+from .keys.padding import fit_tokens, token_dims, unpad_rows
+from .keys.tokens import TokenRows
 from .manifests import TokenDims
 from .memo import Bypass, Memo, Options
 from .modes import without_given_keys

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 
 from .keys import Given
-from .keys.tokens import pad_rows
+from .keys.padding import pad_lent, pad_rows
 from .memo import Memo
 from .modes import current_mode
 from .outputs import UnknownClassError, token_dims_of, tree_of
@@ -73,18 +74,17 @@ def hit(
         return Missed(outline)
     keyed_at = perf_counter()
     try:
-        found = memo.store.get(site.namespace, keys)
+        rows = None if recipe.tokens is None else _lent(memo, site, recipe, keys)
+        found = memo.store.get(site.namespace, keys) if rows is None else ()
     except Exception:  # `call` asks again, and says what is wrong
         return Missed(outline)
     if memo.passed(site.namespace, recipe.form) is None:
         return Missed(outline, recipe, keys, found)
     try:
-        if recipe.tokens is not None:
-            rows = _padded(found, recipe.size, recipe.tokens.like.width)
-        elif len(found) == 1 and len(found[0].positions) == recipe.size:
+        if recipe.tokens is None and len(found) == 1 and len(found[0].positions) == recipe.size:
             rows = found[0].rows
-        else:
-            rows = None
+        elif recipe.tokens is not None and rows is None:
+            rows = _padded(found, recipe.size, recipe.tokens.like.width)
         if rows is None:
             return Missed(outline, recipe, keys, found)
         output = tree_of(rows, recipe.home)
@@ -96,6 +96,15 @@ def hit(
 
 
 _NOTHING = Missed()
+
+
+def _lent(memo: Memo, site: Site, recipe: Recipe, keys: list[bytes]) -> Rows | None:
+    """The rows of a call padded to its width, copied once, from a store that can lend them."""
+    lend = getattr(memo.store, "lend", None)
+    if lend is None or recipe.tokens is None or memo.passed(site.namespace, recipe.form) is None:
+        return None
+    rows: Rows | None = lend(site.namespace, keys, partial(pad_lent, recipe.size, recipe.tokens.like.width))
+    return rows
 
 
 def _padded(found: tuple[Found, ...], size: int, width: int) -> Rows | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-__all__ = ["SINGLE", "Layout", "Rows", "bytes_of", "join_rows", "tensor_of"]
+__all__ = ["SINGLE", "Layout", "Lent", "Rows", "bytes_of", "join_rows", "tensor_of"]
 
 SINGLE = "{}"
 """The tree of an output that is one tensor."""
@@ -49,6 +49,23 @@ class Rows:
     def take(self, places: Sequence[int]) -> Rows:
         """The rows at these places, as new memory."""
         return Rows(self.layout, tuple(_take(tensor, places) for tensor in self.tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """Records of one layout where they lie in the memory of their owner, who says how long that may be looked at.
+
+    Args:
+        layout: of the records.
+        leaves: for each tensor of the layout a byte matrix, one record a row.
+        rows: the rows that are lent, as int64.
+        positions: what they are the answers to, ascending, as int64.
+    """
+
+    layout: Layout
+    leaves: tuple[np.ndarray, ...]
+    rows: np.ndarray
+    positions: np.ndarray
 
 
 def _take(tensor: torch.Tensor, places: Sequence[int]) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Rows of tokens are the same whatever their padding, and come back padded."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,21 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modcache import cache_of, cached_module
+from modcache import MemoryStore, cache_of, cached_module
 from modcache.batch import split
 from modcache.keys import tokens as tokens_extractor
+from modcache.keys.padding import fit_tokens, pad_lent, pad_rows, token_dims, unpad_rows
 from modcache.keys.registry import is_row
-from modcache.keys.tokens import (
-    PaddingWatch,
-    find_tokens,
-    fit_tokens,
-    pad_rows,
-    token_dims,
-    token_keys,
-    token_metas,
-    token_places,
-    unpad_rows,
-)
+from modcache.keys.tokens import PaddingWatch, find_tokens, token_keys, token_metas, token_places
 from modcache.outputs import rows_of, token_dims_of, tree_of
 from modcache.rows import SINGLE, Layout, Rows
 
@@ -224,6 +216,35 @@ def test_unpadding_and_padding_is_the_identity_on_padded_rows(sizes, more):
     joined = pad_rows(count, width, parts)
     back = tree_of(joined, CPU)
     assert all(torch.equal(back[name], output[name]) for name in output)
+
+
+@given(lengths, st.integers(0, 2), st.booleans())
+def test_lent_rows_are_padded_like_those_that_are_got(sizes, more, pooled):
+    """Rows are the same whether they are copied out of a store's memory at once, or got and then padded."""
+    width, count = max(sizes) + more, len(sizes)
+    vectors = torch.rand(count, width, 2)
+    output = (vectors, torch.rand(count).bfloat16()) if pooled else vectors
+    store, wanted = MemoryStore(1 << 20), [bytes([place]) * 16 for place in range(count)]
+    for places, rows in unpad_rows(rows_of(output, count, CPU), np.array(sizes), ((0,), ()) if pooled else ((0,),)):
+        store.put("a", [wanted[place] for place in places], rows)
+    for asked in (wanted, wanted[::-1] * 3, wanted[:1]):
+        got = [(found.positions, found.rows) for found in store.get("a", asked)]
+        one, other = pad_rows(len(asked), width, got), store.lend("a", asked, partial(pad_lent, len(asked), width))
+        assert one.layout == other.layout
+        assert all(map(torch.equal, one.tensors, other.tensors))
+        other.tensors[0].zero_()
+    assert torch.equal(store.get("a", wanted[:1])[0].rows.tensors[0], one.tensors[0][:, : sizes[0]])
+
+
+def test_what_is_not_padded_from_lent_memory():
+    """Rows with tokens in two dimensions, or of structures that differ, are got and placed value by value."""
+    store, square = MemoryStore(1 << 20), torch.rand(2, 3, 3)
+    for number, output in enumerate((square, (square,))):
+        for places, rows in unpad_rows(rows_of(output, 2, CPU), np.array([2, 3]), (((0, 1), (0,))[number],)):
+            store.put("a", [bytes([number, place]) * 8 for place in places], rows)
+    assert store.lend("a", [b"\0\0" * 8, b"\0\1" * 8], partial(pad_lent, 2, 3)) is None
+    assert store.lend("a", [b"\0\0" * 8, b"\1\0" * 8], partial(pad_lent, 2, 3)) is None
+    assert store.lend("a", [b"\1\0" * 8, b"\1\1" * 8], partial(pad_lent, 2, 3)) is not None
 
 
 def test_parts_that_do_not_go_together():

@@ -63,6 +63,8 @@ class TestWithoutReservation(AbilitiesContract):
 class TestDevice(AbilitiesContract):
     """The contract, with rows kept as on a device."""
 
+    lends = False
+
     @pytest.fixture
     def store(self, monkeypatch):
         monkeypatch.setattr(columns, "HostColumn", as_device)
@@ -73,6 +75,8 @@ class TestDevice(AbilitiesContract):
 @ON_CUDA
 class TestCuda(AbilitiesContract):
     """The contract, with rows on an accelerator."""
+
+    lends = False
 
     @pytest.fixture
     def store(self):
@@ -88,6 +92,8 @@ class TestCuda(AbilitiesContract):
 @ON_CUDA
 class TestPinned(AbilitiesContract):
     """The contract, with rows in pinned memory of the host."""
+
+    lends = False
 
     @pytest.fixture
     def store(self):
@@ -156,10 +162,23 @@ def test_lru_drops_what_was_not_used_for_longest():
     store.put("b", keys(2, 3), rows_of([2, 3]))
     store.get("a", keys(0))
     store.contains("a", keys(1))
+    store.lend("a", keys(0, 9), len)
     assert store.put("c", keys(4, 5), rows_of([4, 5])) == 2
     assert store.row_keys("a") == keys(0)
     assert store.row_keys("b") == keys(3)
     assert store.stats().evicted == 2
+
+
+def test_lending_counts_as_use():
+    """Rows that were lent stay longer than those that were not."""
+    store = MemoryStore(4 * ROW, eviction="lru")
+    store.put("a", keys(0, 1, 2, 3), rows_of([0, 1, 2, 3]))
+    assert store.lend("a", keys(1, 0), len) == 1
+    store.retire("a")
+    store.lend("a", keys(0), len)
+    assert store.retired_since() is None
+    store.put("a", keys(4, 5), rows_of([4, 5]))
+    assert sorted(store.row_keys("a")) == sorted(keys(0, 1, 4, 5))
 
 
 def test_lru_with_rows_of_several_sizes():

@@ -30,6 +30,8 @@ class TestTieredStore(AbilitiesContract):
 class TestTinyFront(AbilitiesContract):
     """The contract holds, too, when the front drops nearly everything."""
 
+    lends = False
+
     @pytest.fixture
     def store(self):
         return TieredStore(MemoryStore(40, eviction="lru"), MemoryStore(1 << 20))
@@ -37,6 +39,8 @@ class TestTinyFront(AbilitiesContract):
 
 class TestDeviceFront(AbilitiesContract):
     """The contract holds with a front that keeps its rows as a device does."""
+
+    lends = False
 
     @pytest.fixture
     def store(self, monkeypatch):
@@ -171,7 +175,9 @@ def test_use_of_a_retired_namespace_reaches_the_back():
     store = TieredStore(MemoryStore(), MemoryStore(24))
     store.put("a", keys(1), rows_of([1]))
     store.retire("a")
+    assert store.lend("a", keys(1), len) is None
     store.get("a", keys(1))
+    assert store.lend("a", keys(1), len) == 1
     store.back.put("b", keys(2, 3), rows_of([2, 3]))
     assert store.back.contains("a", keys(1)).all()
 

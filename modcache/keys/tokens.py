@@ -1,4 +1,4 @@
-"""Rows of token ids whatever their padding: find their lengths, key them unpadded, trim and pad around the run."""
+"""Rows of token ids whatever their padding: find their lengths, and key them unpadded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import torch
 
 from ..batch import Batch, Column
 from ..digest import digest
-from ..outputs import UnknownClassError, token_dims_of, with_token_dims
-from ..rows import Layout, Rows, bytes_of, tensor_of
 from ..tensors import NoContentError, is_plain, is_readable, memory_of, plain_memory, settled
 from .parts import Meta, part_of
 
@@ -23,14 +21,10 @@ __all__ = [
     "TokenPlaces",
     "TokenRows",
     "find_tokens",
-    "fit_tokens",
     "name_of",
-    "pad_rows",
-    "token_dims",
     "token_keys",
     "token_metas",
     "token_places",
-    "unpad_rows",
 ]
 
 _PER_TOKEN = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"})
@@ -204,123 +198,6 @@ def token_places(batch: Batch, tokens: TokenRows, places: Sequence[int]) -> Toke
         return None
     held = tuple(place for path, place in at.items() if path != tokens.mask)
     return TokenPlaces(tokens, held, at[tokens.mask], tuple(part_of(column).meta for column in batch.columns))
-
-
-# --- around the run -------------------------------------------------------------------------------------
-
-
-def fit_tokens(batch: Batch, tokens: TokenRows, width: int) -> Batch:
-    """The batch with its per-token columns cut, or padded with zeros, to ``width`` tokens."""
-    columns = tuple(
-        column._replace(value=_fitted(column.value, width)) if column.path in tokens.paths else column
-        for column in batch.columns
-    )
-    return batch._replace(columns=columns)
-
-
-def _fitted(value: torch.Tensor, width: int) -> torch.Tensor:
-    if width <= value.shape[1]:
-        return value[:, :width]
-    more = torch.zeros(
-        (value.shape[0], width - value.shape[1], *value.shape[2:]), dtype=value.dtype, device=value.device
-    )
-    return torch.cat([value, more], 1)
-
-
-def token_dims(one: Layout, width: int, other: Layout, other_width: int) -> tuple[tuple[int, ...], ...] | None:
-    """The row dimensions of each leaf that are tokens: those that went from one width to the other.
-
-    ``None`` if the two runs do not differ by their widths alone, so that it cannot be told.
-    """
-    if one.tree != other.tree or len(one.leaves) != len(other.leaves):
-        return None
-    found = []
-    for (dtype, shape), (other_dtype, other_shape) in zip(one.leaves, other.leaves, strict=True):
-        if dtype != other_dtype or len(shape) != len(other_shape):
-            return None
-        moved = tuple(dim for dim, (size, new) in enumerate(zip(shape, other_shape, strict=True)) if size != new)
-        if any(shape[dim] != width or other_shape[dim] != other_width for dim in moved):
-            return None
-        found.append(moved)
-    return tuple(found)
-
-
-def unpad_rows(rows: Rows, lengths: np.ndarray, dims: tuple[tuple[int, ...], ...]) -> list[tuple[np.ndarray, Rows]]:
-    """The rows in groups of one length, each cut to it; the layouts say which dimensions are tokens."""
-    tree = with_token_dims(rows.layout.tree, dims)
-    groups = []
-    for length in np.unique(lengths).tolist():
-        places = np.flatnonzero(lengths == length)
-        index = torch.from_numpy(places)
-        tensors = tuple(
-            _cut(tensor.index_select(0, index.to(tensor.device)), length, leaf_dims)
-            for tensor, leaf_dims in zip(rows.tensors, dims, strict=True)
-        )
-        leaves = tuple((tensor.dtype, tuple(tensor.shape[1:])) for tensor in tensors)
-        groups.append((places, Rows(Layout(tree, leaves), tensors)))
-    return groups
-
-
-def _cut(tensor: torch.Tensor, length: int, dims: tuple[int, ...]) -> torch.Tensor:
-    for dim in dims:
-        tensor = tensor.narrow(dim + 1, 0, length)
-    return tensor.contiguous()
-
-
-def pad_rows(count: int, width: int, parts: Sequence[tuple[np.ndarray, Rows]]) -> Rows | None:
-    """``count`` rows in order, the token dimensions of every part padded with zeros to ``width``.
-
-    ``None`` if the parts do not agree in everything but the size of those dimensions, or cannot be read.
-    """
-    try:
-        layouts = {_padded(rows.layout, width) for _, rows in parts}
-    except (UnknownClassError, ValueError):
-        return None
-    if len(layouts) > 1:
-        return None
-    layout = layouts.pop()
-    tensors = []
-    for leaf, dims in enumerate(token_dims_of(layout.tree)):
-        own = [(places, rows.tensors[leaf]) for places, rows in parts]
-        on_host = all(tensor.device.type == "cpu" for _, tensor in own)
-        pad = _pad_bytes if on_host and dims in {(), (0,)} else _pad_values
-        tensors.append(pad(count, own, *layout.leaves[leaf]))
-    return Rows(layout, tuple(tensors))
-
-
-_LeafParts = Sequence[tuple[np.ndarray, torch.Tensor]]
-
-
-def _pad_bytes(count: int, parts: _LeafParts, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """Tokens that come first in a row are the beginning of its bytes: a fifth of the time of placing values."""
-    joined = np.zeros((count, dtype.itemsize * torch.Size(shape).numel()), np.uint8)
-    for places, tensor in parts:
-        held = bytes_of(tensor)
-        joined[places, : held.shape[1]] = held
-    return tensor_of(joined, dtype, shape)
-
-
-def _pad_values(count: int, parts: _LeafParts, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    device = parts[-1][1].device
-    joined = torch.zeros((count, *shape), dtype=dtype, device=device)
-    for places, tensor in parts:
-        _place(joined, places, tensor.to(device))
-    return joined
-
-
-def _place(joined: torch.Tensor, places: np.ndarray, values: torch.Tensor) -> None:
-    region = joined
-    for dim, size in enumerate(values.shape[1:], start=1):
-        region = region.narrow(dim, 0, size)
-    region[torch.from_numpy(places).to(joined.device)] = values
-
-
-def _padded(layout: Layout, width: int) -> Layout:
-    leaves = tuple(
-        (dtype, tuple(width if dim in dims else size for dim, size in enumerate(shape)))
-        for (dtype, shape), dims in zip(layout.leaves, token_dims_of(layout.tree), strict=True)
-    )
-    return Layout(layout.tree, leaves)
 
 
 # --- noticing that the option would help ----------------------------------------------------------------

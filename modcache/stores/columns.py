@@ -44,6 +44,9 @@ class Column(Protocol):
     def take(self, rows: Places) -> torch.Tensor:
         """These rows, in fresh memory."""
 
+    def lent(self) -> npt.NDArray[np.uint8] | None:
+        """The memory itself, a row of bytes for each row; None where the host cannot read it."""
+
     def append(self, start: int, values: torch.Tensor, chosen: Places) -> None:
         """Puts the chosen rows of a batch at the rows from ``start`` on; there is room for them."""
 
@@ -87,6 +90,10 @@ class HostColumn:
         """These rows, in fresh memory."""
         taken = self._rows.take(rows, axis=0)
         return torch.from_numpy(taken) if self._exact else self._as_dtype(taken)
+
+    def lent(self) -> npt.NDArray[np.uint8]:
+        """The memory itself, a row of bytes for each row."""
+        return self._bytes
 
     def append(self, start: int, values: torch.Tensor, chosen: Places) -> None:
         """Puts the chosen rows of a batch at the rows from ``start`` on."""
@@ -173,6 +180,9 @@ class DeviceColumn:
             torch.index_select(self._bytes, 0, self._on_device(rows), out=taken)
             typed = torch.empty(0, dtype=self._dtype, device=self._device)
             return typed.set_(taken.untyped_storage(), 0, (len(rows), *self._shape))  # type: ignore[call-overload, no-any-return]
+
+    def lent(self) -> None:
+        """Nothing: what is taken is to stay on the device."""
 
     def append(self, start: int, values: torch.Tensor, chosen: Places) -> None:
         """Puts the chosen rows of a batch at the rows from ``start`` on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..rows import Layout, Rows
+    from ..rows import Layout, Lent, Rows
     from .columns import Column
 
 __all__ = ["MemoryStore"]
+
+Used = TypeVar("Used")
 
 _MERGED = 1024  # rows that are moved at a time when two namespaces become one
 _clock = itertools.count()  # tells which namespace was retired first, over all stores
@@ -97,6 +99,16 @@ class MemoryStore:
             shelf.retired = None
             stamp = None if self._recency is None else self._next_stamp(len(row_keys))
             return shelf.get(row_keys, stamp)
+
+    def lend(self, namespace: str, row_keys: Sequence[bytes], use: Callable[[list[Lent]], Used]) -> Used | None:
+        """What ``use`` makes of the rows where they lie, one `Lent` per layout; None unless all of them can be lent."""
+        with self._budget.lock:
+            shelf = self._shelves.get(namespace)
+            if shelf is None or shelf.torn:
+                return None
+            shelf.retired = None
+            lent = shelf.lend(row_keys, None if self._recency is None else self._next_stamp(len(row_keys)))
+            return None if lent is None else use(lent)
 
     def contains(self, namespace: str, row_keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
         """Which rows are there, without using them."""

@@ -60,6 +60,8 @@ class Store(Protocol):
 
     - ``contains(namespace, row_keys)``: a boolean array, without gathering a row and without counting as use;
     - ``retire(namespace)``: its rows are the first to go when room is needed, until the next get or put;
+    - ``lend(namespace, row_keys, use)``: what ``use`` makes of a list of `modcache.rows.Lent`, the rows where they
+      lie, which nobody changes or moves meanwhile; None if not all of them are there in memory of the host;
     - ``rename(old, new)``: all rows of one namespace belong to another name from now on;
     - those of `Describes`, by which the rows of earlier processes explain themselves.
     """

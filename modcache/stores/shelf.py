@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from .protocol import Found
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from ..rows import Layout
+    from ..rows import Layout, Lent
     from .slab import Batch, Slab
 
 __all__ = ["Shelf"]
@@ -55,6 +56,23 @@ class Shelf:
         if complete and keys and len(self._slabs) == 1 and 0 in self._slabs:  # as is the rule
             return (self._found(self._slabs[0], np.arange(len(keys)), places, stamp),)
         return tuple([self._found(slab, at, rows, stamp) for slab, at, rows in self._by_slab(places)])
+
+    def lend(self, keys: Sequence[bytes], stamp: int | None) -> list[Lent] | None:
+        """The rows of these keys where they lie, by layout, until the next change; None unless all can be lent."""
+        places, complete = self._index.locate(keys)
+        if not complete:
+            return None
+        one = len(self._slabs) == 1 and 0 in self._slabs and len(keys)
+        parts = [(self._slabs[0], np.arange(len(keys)), places)] if one else self._by_slab(places)
+        found = []
+        for slab, positions, rows in parts:
+            lent = slab.lent(rows, positions)
+            if lent is None:
+                return None
+            if stamp is not None:
+                slab.stamps[rows] = positions + stamp
+            found.append(lent)
+        return found
 
     def put(self, batch: Batch, chosen: Places) -> None:
         """Adds those rows of a batch that are chosen; none of them is here."""
@@ -146,15 +164,14 @@ class Shelf:
 
     def _by_slab(self, places: Places) -> Iterator[tuple[Slab, Places, Places]]:
         """For each slab that is meant: which of the places mean it, ascending, and the rows in it."""
-        order = np.argsort(places >> _ROW_BITS, kind="stable")
-        numbers = (places >> _ROW_BITS)[order]
-        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-        for positions in np.split(order, starts)[1:]:
-            yield (
-                self._slabs[int(places[positions[0]] >> _ROW_BITS)],
-                positions,
-                places[positions] & _ROW_MASK,
-            )
+        numbers = places >> _ROW_BITS
+        order = np.argsort(numbers, kind="stable")
+        numbers, rows = numbers[order], (places & _ROW_MASK)[order]
+        first = int(numbers.searchsorted(0))  # behind those that are absent
+        changes = np.flatnonzero(numbers[first + 1 :] != numbers[first:-1]) + (first + 1)
+        edges = [first, *changes.tolist(), len(numbers)]
+        for start, stop in itertools.pairwise(edges if first < len(numbers) else ()):
+            yield self._slabs[int(numbers[start])], order[start:stop], rows[start:stop]
 
     def _slab_for(self, layout: Layout) -> tuple[Slab, int]:
         if layout not in self._numbers:

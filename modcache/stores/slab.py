@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..rows import Layout, Rows
+from ..rows import Layout, Lent, Rows
 from .index import KEY_BYTES, Places, cut_keys
 from .pages import zeros
 
@@ -59,6 +59,12 @@ class Slab:
     def take(self, rows: Places) -> Rows:
         """These rows, in fresh memory."""
         return Rows(self.layout, tuple([column.take(rows) for column in self._columns]))
+
+    def lent(self, rows: Places, positions: Places) -> Lent | None:
+        """These rows where they lie, until the next change; None where the host cannot read them."""
+        leaves = [column.lent() for column in self._columns]
+        held = tuple([leaf for leaf in leaves if leaf is not None])
+        return Lent(self.layout, held, rows, positions) if len(held) == len(leaves) else None
 
     def append(self, batch: Batch, chosen: Places) -> Places:
         """Takes in the chosen rows of a batch; their numbers."""

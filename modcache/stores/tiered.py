@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,14 @@ from ..rows import Layout, Rows
 from .protocol import Describes, Found, Store, StoreStats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from ..rows import Lent
     from .index import Places
 
 __all__ = ["TieredStore"]
+
+Used = TypeVar("Used")
 
 
 @runtime_checkable
@@ -159,9 +162,11 @@ class TieredStore:
 
     def lend(self, namespace: str, row_keys: Sequence[bytes], use: Callable[[list[Lent]], Used]) -> Used | None:
         """What ``use`` makes of the rows where they lie in the front; None unless it has and lends all of them."""
-        if namespace in self._retired or not isinstance(self.front, _Lends):
+        lend = getattr(self.front, "lend", None)
+        if lend is None or namespace in self._retired:
             return None
-        return self.front.lend(namespace, row_keys, use)
+        used: Used | None = lend(namespace, row_keys, use)
+        return used
 
     def put(self, namespace: str, row_keys: Sequence[bytes], rows: Rows) -> int:
         """Keeps the rows in both tiers; how many the tier admitted that took more."""
