@@ -23,6 +23,12 @@ class Descriptors:
         self._most = most
         self._files: OrderedDict[Hashable, int] = OrderedDict()
 
+    def known(self, name: Hashable) -> int | None:
+        """The descriptor of a file if it is open; it counts as use only where files are about to be closed."""
+        if len(self._files) * 2 > self._most and name in self._files:
+            self._files.move_to_end(name)
+        return self._files.get(name)
+
     def get(self, name: Hashable, open_file: Callable[[], int]) -> int:
         """The descriptor of a file, which is opened if it is not open."""
         file = self._files.get(name)

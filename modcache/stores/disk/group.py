@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -17,7 +18,7 @@ from ...rows import Rows, tensor_of
 from ..index import Places
 from .frames import ROWS_HEAD_BYTES, DamageError
 from .segment import Segment, read_into
-from .window import Grid
+from .window import ROW_BITS, Grid
 
 if TYPE_CHECKING:
     from ...rows import Layout
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ROW_BITS", "Group", "LostError", "Taken"]
 
-ROW_BITS: Final = 32  # a place is the number of a segment, then the number of a row in it
 _ROW_MASK: Final = (1 << ROW_BITS) - 1
 _LARGE: Final = 64 << 10  # bytes of a row from which on reading is as quick as mapping, and cannot kill the process
 _RUN: Final = 1 << 20  # bytes that are read at once: what is still in the cache when it is checked
 _MOST_PARTS: Final = 512  # of one read
+_LINKED: Final = 0.005  # seconds for which a file that was not unlinked counts as not unlinked
+_FEW: Final = 8  # segments that are looked at sooner than it is found out which of them are meant
 
 _Matrix = npt.NDArray[np.uint8]
 
@@ -66,12 +68,14 @@ class Group:
         sizes = layout.leaf_bytes
         self._row_bytes = sum(sizes)
         self._edges = [0, *itertools.accumulate(sizes)]
+        self._linked_until = 0.0
         self.grid = Grid(self._row_bytes, mapped=mapped and self._row_bytes < _LARGE)
 
     def note(self, segment: Segment, first: int, sums: npt.NDArray[np.uint64]) -> None:
         """Takes in the checksums of rows that were committed to a segment of this layout."""
         start = self.grid.fit(segment.number, first + len(sums)) + first
         self.grid.sums[start : start + len(sums)] = sums
+        self.grid.unchecked += len(sums)
 
     def drop(self, segment: Segment, descriptors: Descriptors) -> None:
         """Forgets a segment."""
@@ -85,109 +89,97 @@ class Group:
         Raises:
             LostError: some of the segments that they lie in can no longer be read.
         """
-        if len(self.segments) == 1:
-            (segment,) = self.segments.values()
-            numbers, used = None, [segment]
-            rows = places - (segment.number << ROW_BITS)
-            waiting = rows >= segment.committed if segment.waiting else None
-        else:
-            numbers = places >> ROW_BITS
-            used = [self.segments[number] for number in np.flatnonzero(np.bincount(numbers)).tolist()]
-            rows = places & _ROW_MASK
-            waiting = self._waiting(numbers, rows, used)
-        if waiting is not None and waiting.any():
-            return self._take_mixed(places, numbers, rows, waiting, directory, descriptors)
-        self._look_at(used, directory, descriptors)
-        starts = self.grid.starts
-        at = rows + (starts[used[0].number] if numbers is None else starts.take(numbers))
+        used = self._used(places)
+        for segment in used:
+            if segment.waiting:
+                return self._take_mixed(places, used, directory, descriptors)
+        at = self._spots(places, used, directory, descriptors)
         if self.grid.mapped and self._map(used, directory, descriptors):
             assert self.grid.rows is not None
             matrix = self.grid.rows.take(at, axis=0)
             return Taken(self._rows_of(matrix), self._wrong(matrix, at, 0, len(at)))
         files = _Files(used, directory, descriptors)
         if len(self._edges) > 2 and self._row_bytes >= _LARGE:
-            return self._read_leaves(files, places, rows, at)
-        return self._read(files, places, rows, at)
-
-    def _waiting(self, numbers: Places, rows: Places, used: list[Segment]) -> npt.NDArray[np.bool_] | None:
-        if not any(segment.waiting for segment in used):
-            return None
-        committed = np.zeros(max(segment.number for segment in used) + 1, np.int64)
-        for segment in used:
-            committed[segment.number] = segment.committed
-        return rows >= committed[numbers]
-
-    def _take_mixed(
-        self,
-        places: Places,
-        numbers: Places | None,
-        rows: Places,
-        waiting: npt.NDArray[np.bool_],
-        directory: Directory,
-        descriptors: Descriptors,
-    ) -> Taken:
-        """Some of the rows, or all, still wait in memory to be written."""
-        matrix = np.empty((len(places), self._row_bytes), np.uint8)
-        if numbers is None:
-            numbers = places >> ROW_BITS
-        here = np.flatnonzero(waiting)
-        for number in np.unique(numbers[here]).tolist():
-            mine = here[numbers[here] == number]
-            self.segments[number].waiting_rows(rows[mine], matrix, mine)
-        there = np.flatnonzero(~waiting)
-        wrong = there[:0]
-        if len(there):
-            taken = self._take_written(places[there], directory, descriptors)
-            matrix[there], wrong = taken[0], there[taken[1]]
+            return self._read_leaves(files, places, at)
+        matrix, wrong = self._read(files, places, at)
         return Taken(self._rows_of(matrix), wrong)
 
-    def _take_written(self, places: Places, directory: Directory, descriptors: Descriptors) -> tuple[_Matrix, Places]:
-        used = [self.segments[number] for number in np.unique(places >> ROW_BITS).tolist()]
-        self._look_at(used, directory, descriptors)
-        at = (places & _ROW_MASK) + self.grid.starts.take(places >> ROW_BITS)
+    def _used(self, places: Places) -> list[Segment]:
+        """The segments that are meant, and perhaps some others."""
+        if len(self.segments) <= _FEW:
+            return list(self.segments.values())
+        numbers = np.flatnonzero(np.bincount(places >> ROW_BITS)).tolist()
+        return [self.segments[number] for number in numbers]
+
+    def _spots(self, places: Places, used: list[Segment], directory: Directory, descriptors: Descriptors) -> Places:
+        """The rows on the grid; it was seen that all of them are in their files."""
+        now = time.monotonic()
+        linked = now < self._linked_until
+        lost = [
+            segment.number
+            for segment in used
+            if segment.committed and not _is_whole(segment, directory, descriptors, linked=linked)
+        ]
+        if not linked:
+            self._linked_until = now + _LINKED
+        if lost:
+            raise LostError(lost)
+        shifts = self.grid.shifts
+        return places + (shifts[used[0].number] if len(used) == 1 else shifts.take(places >> ROW_BITS))
+
+    def _take_mixed(self, places: Places, used: list[Segment], directory: Directory, descriptors: Descriptors) -> Taken:
+        """Some of the rows, or all or none, still wait in memory to be written."""
+        matrix, numbers = np.empty((len(places), self._row_bytes), np.uint8), places >> ROW_BITS
+        there = np.ones(len(places), np.bool_)
+        for segment in used:
+            here = np.flatnonzero((numbers == segment.number) & (places & _ROW_MASK >= segment.committed))
+            segment.waiting_rows(places[here] & _ROW_MASK, matrix, here)
+            there[here] = False
+        rest = np.flatnonzero(there)
+        wrong = rest[:0]
+        if len(rest):
+            matrix[rest], wrong_there = self._take_written(places[rest], used, directory, descriptors)
+            wrong = rest[wrong_there]
+        return Taken(self._rows_of(matrix), wrong)
+
+    def _take_written(
+        self, places: Places, used: list[Segment], directory: Directory, descriptors: Descriptors
+    ) -> tuple[_Matrix, Places]:
+        at = self._spots(places, used, directory, descriptors)
         if self.grid.mapped and self._map(used, directory, descriptors):
             assert self.grid.rows is not None
             matrix = self.grid.rows.take(at, axis=0)
             return matrix, self._wrong(matrix, at, 0, len(at))
-        return self._read_matrix(_Files(used, directory, descriptors), places, places & _ROW_MASK, at)
+        return self._read(_Files(used, directory, descriptors), places, at)
 
     # --- files ----------------------------------------------------------------------------------------
 
-    def _look_at(self, used: list[Segment], directory: Directory, descriptors: Descriptors) -> None:
-        """A row beyond the end of its file must not be touched, and one of a file that is unlinked is gone."""
-        lost = [segment.number for segment in used if not _is_whole(segment, directory, descriptors)]
-        if lost:
-            raise LostError(lost)
-
     def _map(self, used: list[Segment], directory: Directory, descriptors: Descriptors) -> bool:
         return all(
-            segment.committed <= self.grid.mapped_rows(segment.number)
+            not segment.committed
+            or segment.committed <= self.grid.mapped_rows(segment.number)
             or self.grid.map(
                 segment.number,
                 segment.committed,
-                descriptors.get(segment, functools.partial(segment.open_rows, directory)),
+                _open(segment, directory, descriptors),
             )
             for segment in used
         )
 
-    def _read(self, files: _Files, places: Places, rows: Places, at: Places) -> Taken:
-        matrix, wrong = self._read_matrix(files, places, rows, at)
-        return Taken(self._rows_of(matrix), wrong)
-
-    def _read_matrix(self, files: _Files, places: Places, rows: Places, at: Places) -> tuple[_Matrix, Places]:
+    def _read(self, files: _Files, places: Places, at: Places) -> tuple[_Matrix, Places]:
         matrix = np.empty((len(places), self._row_bytes), np.uint8)
         flat, wrong, size = memoryview(matrix.data).cast("B") if matrix.size else None, [], self._row_bytes
         most = max(1, _RUN // size) if size else len(places)
         for first, last in _runs(places, most):
-            number = int(places[first]) >> ROW_BITS
+            number, row = divmod(int(places[first]), 1 << ROW_BITS)
             if flat is not None:
-                offset = ROWS_HEAD_BYTES + int(rows[first]) * size
+                offset = ROWS_HEAD_BYTES + row * size
                 if not read_into(files[number], offset, [flat[first * size : last * size]]):
                     raise LostError([number])
             wrong.append(self._wrong(matrix, at, first, last))
         return matrix, np.concatenate(wrong)
 
-    def _read_leaves(self, files: _Files, places: Places, rows: Places, at: Places) -> Taken:
+    def _read_leaves(self, files: _Files, places: Places, at: Places) -> Taken:
         """Large rows of several leaves go straight to where their leaves stand together."""
         sizes = np.diff(self._edges).tolist()
         columns = [np.empty((len(places), size), np.uint8) for size in sizes]
@@ -195,17 +187,18 @@ class Group:
             (memoryview(column.data).cast("B"), size) for column, size in zip(columns, sizes, strict=True) if size
         ]
         unchecked, wrong = ~self.grid.checked.take(at), []
-        for i, (place, row) in enumerate(zip(places.tolist(), rows.tolist(), strict=True)):
+        for i, place in enumerate(places.tolist()):
+            number, row = divmod(place, 1 << ROW_BITS)
             views = [flat[i * size : (i + 1) * size] for flat, size in filled]
-            offset, file = ROWS_HEAD_BYTES + row * self._row_bytes, files[place >> ROW_BITS]
+            offset, file = ROWS_HEAD_BYTES + row * self._row_bytes, files[number]
             for start in range(0, len(views), _MOST_PARTS):
                 part = views[start : start + _MOST_PARTS]
                 if not read_into(file, offset, part):
-                    raise LostError([place >> ROW_BITS])
+                    raise LostError([number])
                 offset += sum(view.nbytes for view in part)
             if unchecked[i]:
                 if checksum(b"".join(views)) == self.grid.sums[at[i]]:
-                    self.grid.checked[at[i]] = True
+                    self._note_checked(at[i : i + 1])
                 else:
                     wrong.append(i)
         return Taken(self._tensors_of(columns), np.array(wrong, np.int64))
@@ -214,6 +207,8 @@ class Group:
 
     def _wrong(self, matrix: _Matrix, at: Places, first: int, last: int) -> Places:
         """Which of some rows are not what was committed; each is looked at once in a process."""
+        if not self.grid.unchecked:
+            return _NONE
         spots = at[first:last]
         checked = self.grid.checked.take(spots)
         if checked.all():
@@ -221,9 +216,14 @@ class Group:
         todo = np.flatnonzero(~checked)
         found = np.array([checksum(matrix[first + i]) for i in todo.tolist()], np.uint64)
         right = found == self.grid.sums[spots[todo]]
-        self.grid.checked[spots[todo[right]]] = True
+        self._note_checked(spots[todo[right]])
         wrong: Places = todo[~right] + first
         return wrong
+
+    def _note_checked(self, spots: Places) -> None:
+        spots = np.unique(spots)
+        self.grid.unchecked -= int((~self.grid.checked[spots]).sum())
+        self.grid.checked[spots] = True
 
     def _rows_of(self, matrix: _Matrix) -> Rows:
         if len(self._edges) == 2:
@@ -249,17 +249,31 @@ class _Files:
     def __getitem__(self, number: int) -> int:
         segment = self._used[number]
         try:
-            return self._descriptors.get(segment, functools.partial(segment.open_rows, self._directory))
+            return _open(segment, self._directory, self._descriptors)
         except (OSError, DamageError):
             raise LostError([number]) from None
 
 
-def _is_whole(segment: Segment, directory: Directory, descriptors: Descriptors) -> bool:
+def _is_whole(segment: Segment, directory: Directory, descriptors: Descriptors, *, linked: bool) -> bool:
+    """Whether the committed rows of a segment may be touched: a page beyond the end of its file kills the process.
+
+    Args:
+        linked: nobody needs to look whether the file was unlinked, which takes four times as long.
+    """
     try:
-        found = os.fstat(descriptors.get(segment, functools.partial(segment.open_rows, directory)))
+        file = descriptors.known(segment)
+        if file is None:
+            file = _open(segment, directory, descriptors)
+        elif linked:
+            return os.lseek(file, 0, os.SEEK_END) >= segment.file_bytes
+        found = os.fstat(file)
     except (OSError, DamageError):
         return False
     return found.st_nlink > 0 and found.st_size >= segment.file_bytes
+
+
+def _open(segment: Segment, directory: Directory, descriptors: Descriptors) -> int:
+    return descriptors.get(segment, functools.partial(segment.open_rows, directory))
 
 
 def _runs(places: Places, most: int) -> list[tuple[int, int]]:

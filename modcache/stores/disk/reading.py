@@ -13,7 +13,7 @@ from ...rows import Layout
 from ..index import KEY_BYTES, KeyIndex, Places, cut_keys
 from ..protocol import Found
 from .frames import DROPPED, ROWS, SEGMENT_ID_BYTES, DamageError, Frame
-from .group import ROW_BITS, Group, LostError
+from .group import ROW_BITS, Group, LostError, Taken
 from .names import Directory, SegmentName, folder_of
 from .segment import Segment, check_rows, read_header
 
@@ -168,7 +168,9 @@ class Reading:
     def _found(self, keys: Sequence[bytes], places: Places, complete: bool) -> tuple[Found, ...] | None:
         """The rows at these places, or None where a segment was gone, which is then forgotten."""
         try:
-            return tuple(self._gather(keys, places, complete))
+            if complete and keys and len(self._groups) == 1:  # as is the rule
+                return self._right(keys, np.arange(len(keys)), self._take(next(iter(self._groups.values())), places))
+            return tuple(self._gather(keys, places))
         except LostError as error:
             self._lose(error.args[0])
             return None
@@ -177,18 +179,22 @@ class Reading:
             self.troubles.append(("reading", text))
             return ()
 
-    def _gather(self, keys: Sequence[bytes], places: Places, complete: bool) -> Iterator[Found]:
-        positions = np.arange(len(keys)) if complete else np.flatnonzero(places >= 0)
-        for group, at in self._by_group(places if complete else places[positions]):
-            mine = positions if at is None else positions[at]
-            taken = group.take(places[mine], self._directory, self._descriptors)
-            if not len(taken.wrong):
-                yield Found(mine, taken.rows)
-                continue
-            self._wrong([keys[i] for i in mine[taken.wrong].tolist()])
-            right = np.setdiff1d(np.arange(len(mine)), taken.wrong)
-            if len(right):
-                yield Found(mine[right], taken.rows.take(right.tolist()))
+    def _gather(self, keys: Sequence[bytes], places: Places) -> Iterator[Found]:
+        there = np.flatnonzero(places >= 0)
+        for group, at in self._by_group(places[there]):
+            positions = there if at is None else there[at]
+            yield from self._right(keys, positions, self._take(group, places[positions]))
+
+    def _take(self, group: Group, places: Places) -> Taken:
+        return group.take(places, self._directory, self._descriptors)
+
+    def _right(self, keys: Sequence[bytes], positions: Places, taken: Taken) -> tuple[Found, ...]:
+        """What was taken, without the rows that are damaged; their keys are forgotten."""
+        if not len(taken.wrong):
+            return (Found(positions, taken.rows),)
+        self._note_damage([keys[i] for i in positions[taken.wrong].tolist()])
+        right = np.setdiff1d(np.arange(len(positions)), taken.wrong)
+        return (Found(positions[right], taken.rows.take(right.tolist())),) if len(right) else ()
 
     def _by_group(self, places: Places) -> Iterator[tuple[Group, Places | None]]:
         """For each layout that is meant: which of the places mean it, ascending; None where all do."""
@@ -209,7 +215,7 @@ class Reading:
             meant = numbers == those[0] if len(those) == 1 else np.isin(numbers, those)
             yield self._groups[layout], np.flatnonzero(meant)
 
-    def _wrong(self, keys: list[bytes]) -> None:
+    def _note_damage(self, keys: list[bytes]) -> None:
         self._index.delete(keys)
         text = (
             f"{len(set(keys))} stored row(s) of namespace {self.namespace!r} do not have their checksum any more: "

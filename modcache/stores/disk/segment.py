@@ -53,6 +53,7 @@ class Segment:
         self.layout = layout
         self.row_bytes = layout.row_bytes
         self.committed = 0
+        self.file_bytes = ROWS_HEAD_BYTES  # that the committed rows need
         self.assigned = 0  # rows that have a place, of which the last ones may wait to be written
         self.waiting: list[tuple[int, npt.NDArray[np.uint8]]] = []  # those, with the number of the first row
         self.own = False
@@ -63,17 +64,13 @@ class Segment:
         self._log_end = 0
         self._seen: tuple[int, ...] = ()
 
-    @property
-    def file_bytes(self) -> int:
-        """The least bytes of the rows file."""
-        return ROWS_HEAD_BYTES + self.committed * self.row_bytes
-
     def commit(self, first: int, count: int, stamp: int) -> None:
         """Rows that were committed are to be had from the file."""
         if not self._stamps or stamp != self._stamps[-1]:
             self._firsts.append(first)
             self._stamps.append(stamp)
         self.committed = first + count
+        self.file_bytes = ROWS_HEAD_BYTES + self.committed * self.row_bytes
         self.assigned = max(self.assigned, self.committed)
 
     def stamps_of(self, rows: Places) -> Places:

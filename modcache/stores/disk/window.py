@@ -16,7 +16,10 @@ import numpy.typing as npt
 from ..pages import zeros
 from .frames import ROWS_HEAD_BYTES
 
-__all__ = ["Grid", "can_map"]
+__all__ = ["ROW_BITS", "Grid", "can_map"]
+
+ROW_BITS: Final = 32
+"""A place is the number of a segment, then the number of a row in it."""
 
 _MAP_FIXED: Final = 0x10  # on Linux and macOS; Python has no name for it
 _MAP_NORESERVE: Final = 0x4000 if sys.platform == "linux" else 0
@@ -50,7 +53,8 @@ class Grid:
     """
 
     def __init__(self, row_bytes: int, *, mapped: bool) -> None:
-        self.starts: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        self.shifts: npt.NDArray[np.int64] = np.zeros(0, np.int64)  # from a place to a row on the grid, by segment
+        self.unchecked = 0  # at most so many rows were not compared with their checksum yet
         self.sums: npt.NDArray[np.uint64] = zeros((0,), np.uint64)
         self.checked: npt.NDArray[np.bool_] = zeros((0,), np.bool_)
         self.rows: npt.NDArray[np.uint8] | None = None
@@ -141,9 +145,9 @@ class Grid:
         checked[new.start : new.start + old.room] = self.checked[old.start : old.start + old.room]
 
     def _note(self, number: int, slot: _Slot) -> None:
-        if number >= len(self.starts):
-            self.starts = np.concatenate([self.starts, np.zeros(number + 1, np.int64)])
-        self.starts[number] = slot.start
+        if number >= len(self.shifts):
+            self.shifts = np.concatenate([self.shifts, np.zeros(number + 1, np.int64)])
+        self.shifts[number] = slot.start - (number << ROW_BITS)
         self._slots[number] = slot
 
     def _reserve(self) -> bool:
