@@ -17,7 +17,7 @@ from .classes import recycled_class
 from .distributed import reducer_around
 from .recycled import Asking, Recycled
 
-__all__ = ["recycle"]
+__all__ = ["arguments_of", "check_model", "recycle"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -71,7 +71,7 @@ def recycle(
     _check_arguments(model, at, call, extra, cut_requires_grad)
     before = model.__dict__.get(ATTACHED)
     moved = before if isinstance(before, Recycled) else None
-    _check_model(model, at, moved)
+    check_model(model, at, moved)
     asking = Asking(at, call, extra, cut_requires_grad)
     requested = requested_of(**_checked(options)) if options or moved is None else moved.requested
     hung = Recycled(_class_of(model).__name__, asking, requested, moved.memo if moved and not options else None)
@@ -85,7 +85,7 @@ def recycle(
     model.__class__ = made  # type: ignore[assignment]
     model.__dict__[ATTACHED] = hung
     if batch is not None:
-        args, kwargs = _arguments_of(batch)
+        args, kwargs = arguments_of(batch)
         try:
             hung.prepare(model, args, kwargs)
         except BaseException:
@@ -97,7 +97,8 @@ def recycle(
     return model
 
 
-def _arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as a call: a mapping is keywords, a tuple positional, anything else the only argument."""
     if isinstance(batch, Mapping):
         return (), {str(name): value for name, value in batch.items()}
     return (tuple(batch), {}) if isinstance(batch, tuple) and not hasattr(batch, "_fields") else ((batch,), {})
@@ -140,7 +141,7 @@ def _check_arguments(model: Any, at: Any, call: Any, extra: Any, cut_requires_gr
             raise UsageTypeError(f"{name} must be True or False; found {value!r}")
 
 
-def _check_model(model: nn.Module, at: str, moved: Recycled | None) -> None:
+def check_model(model: nn.Module, at: str, moved: Recycled | None) -> None:
     """Refuse what cannot be parted, whatever is called.
 
     Raises:

@@ -101,9 +101,7 @@ def _size_of(value: object, skip: int) -> object:
     if isinstance(value, torch.Tensor | np.ndarray):
         return tuple(value.shape[skip:])
     if isinstance(value, list | tuple):
-        return (
-            tuple(tuple(item.shape) if isinstance(item, torch.Tensor) else 0 for item in value) if skip else len(value)
-        )
+        return frozenset(tuple(getattr(item, "shape", ())) for item in value) if skip else len(value)
     return None
 
 

@@ -10,19 +10,20 @@ import torch
 from torch import nn
 
 from ..arguments import Arguments
-from ..batch import take
 from ..errors import CutError
 from ..selfcheck import preserved_randomness, tolerance_of
 from .axes import CoupledError, agree, axis_of, slopes_of, to_rows
-from .ghosts import Ghost, Origin, unwrapped
-from .kinds import Asked, inputs_of
+from .branches import Branch, Branches
+from .ghosts import Ghost, Origin, Spec, unwrapped
+from .kinds import Asked
 from .plan import Plan, Shapes, Stored
 from .runs import Called, Capture, Reached, Resume, Template
 from .shadow import Shadow, running
+from .stashes import Stashes
 from .trace import Mark, Trace
 from .trees import Step, located, mapped, same_but_tensors
 
-__all__ = ["Found", "capture", "probe", "untouched"]
+__all__ = ["Found", "capture", "probe", "refuse_coupled", "rows_of_capture", "shapes_of", "untouched"]
 
 _ROWS = 4
 """Rows of the first batch that the probe runs on."""
@@ -40,15 +41,17 @@ class Found(NamedTuple):
     values: dict[Step, torch.Tensor]
 
 
-def capture(run: Capture, shadow: Shadow, forward: Callable[..., Any], arguments: Arguments, at: str) -> Found:
-    """Run a model up to the cut, in eval mode and without grad.
+def capture(
+    run: Capture, shadow: Shadow, forward: Callable[..., Any], arguments: Arguments, at: str, branches: Branches
+) -> Found:
+    """Run a model up to the cut, in eval mode and without grad; ``branches`` notes which way it takes.
 
     Raises:
         CutError: the cut was not reached.
     """
     shadow.take_over(training=False)
     try:
-        with torch.no_grad(), running(run):
+        with torch.no_grad(), running(run), branches:
             forward(shadow.root, *arguments.args, **arguments.kwargs)
     except Reached:
         pass
@@ -128,6 +131,7 @@ class _Probe:
         self.model, self.forward, self.shadow = model, forward, shadow
         self.asked, self.at, self.call, self.extra = asked, at, call, extra
         self.count = min(asked.batch.size, _ROWS)
+        self.branches = Branches()
         dtypes = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
         self.floor = max([0.0, *(tolerance_of(dtype) for dtype in dtypes if dtype in (torch.float16, torch.bfloat16))])
 
@@ -137,25 +141,41 @@ class _Probe:
         return self.asked.arguments.taken(self.asked.batch, list(places))
 
     def full(self, arguments: Arguments) -> Any:
-        with torch.no_grad(), running(None):
+        with torch.no_grad(), running(None), preserved_randomness():
             return self.forward(self.model, *arguments.args, **arguments.kwargs)
 
     def captured(self, arguments: Arguments, trace: Trace | None = None) -> Found:
-        return capture(Capture(self.call, trace=trace), self.shadow, self.forward, arguments, self.at)
+        run = Capture(self.call, trace=trace)
+        return capture(run, self.shadow, self.forward, arguments, self.at, self.branches)
 
-    def run(self) -> tuple[Plan, tuple[str, ...]]:
-        rows = list(range(self.count))
-        batch = self.taken(rows)
+    def run(self) -> tuple[Plan, frozenset[Branch]]:
+        """The plan, and the ways that were looked at."""
+        batch = self.taken(range(self.count))
         output = self.full(batch)
-        if next((True for _, leaf in located(output) if leaf.is_nested), False):
-            raise CutError(f"{self.at}: the model returns a nested tensor. Use uncached(model).")
-        stashes = _Stashes(self.model)
+        try:
+            return self._parted(batch, output), frozenset(self.branches.new)
+        except (CutError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise CutError(
+                f"{self.at}: run again on a few of its rows, or resumed at the cut, the model raises "
+                f"{type(error).__name__} ({error}), which it does not do in full. What comes before the cut depends on "
+                "earlier calls or on which rows are in the batch. Cut at an earlier submodule."
+            ) from error
+
+    def _parted(self, batch: Arguments, output: Any) -> Plan:
+        rows = list(range(self.count))
+        if any(leaf.is_nested for _, leaf in located(output)):
+            raise CutError(f"{self.at}: the model returns a nested tensor. Call uncached(model).")
+        self.full(batch)
+        stashes = Stashes(self.model)
         trace, found = self._traced(batch)
-        stashes.refuse(trace, found.capture)
-        turned = self.captured(self.taken(rows[::-1]))
-        first = self.captured(self.taken(rows[:1]))
-        rest = self.captured(self.taken(rows[1:]))
-        captures = (found, turned, first, rest)
+        stashes.refuse_tensors(trace, found.capture)
+        others = []
+        for places in (rows[::-1], rows[:1], rows[1:]):
+            others.append(self.captured(self.taken(places)))
+            stashes.note()
+        captures = (found, *others)
         self._compare_structures(captures)
         ghostly = self._ghostly(found)
         if not ghostly:
@@ -164,11 +184,11 @@ class _Probe:
                 "nothing to store. Cut at a later submodule."
             )
         marks = trace.all_marks([found.values[step] for step in ghostly])
-        resumed, marks, after = self._learned(found, ghostly, marks, trace, batch, output)
-        stored = [*ghostly, *resumed]
+        extras, marks, after = self._learned(found, ghostly, marks, trace, batch, output)
+        stashes.refuse_numbers({mark.name for mark in marks if mark.kind == "module"})
+        stored = [*ghostly, *extras]
         axes = self._axes(stored, captures)
-        plan = self._plan(found, captures, stored, axes, marks, after)
-        return plan, ()
+        return self._plan(found, captures, stored, axes, marks, after)
 
     def _traced(self, batch: Arguments) -> tuple[Trace, Found]:
         trace = Trace()
@@ -228,7 +248,8 @@ class _Probe:
 
     def _resumed(self, run: Resume, arguments: Arguments) -> Any:
         self.shadow.take_over(training=False)
-        with torch.no_grad(), running(run):
+        run.branches = self.branches
+        with torch.no_grad(), running(run), preserved_randomness(), run.watched():
             output = self.forward(self.shadow.root, *arguments.args, **arguments.kwargs)
             return mapped(output, unwrapped, Ghost)
 
@@ -248,7 +269,8 @@ class _Probe:
             live = frozenset(called for called in found.capture.templates if called not in feeding)
             self.full(self.taken([0] * self.count))  # what was hidden away in the first run is overwritten
             known = found.capture.outputs if self.extra else {}
-            values = {step: found.values[step] for step in ghostly}
+            values = {step: found.values[step].clone() for step in ghostly}
+            known = {called: mapped(output, torch.clone) for called, output in known.items()}
             run = Resume(self.call, found.capture.templates, live, frozenset(), values, {}, known)
             again = self._finished(run, batch)
             new = [origin for origin in run.needed if origin not in extras]
@@ -360,8 +382,6 @@ class _Probe:
 
 
 def _specs(template: Template) -> list[Any]:
-    from .ghosts import Spec
-
     return [spec for _, spec in located(template.value, Spec)]
 
 
@@ -417,53 +437,10 @@ def _difference(one: Any, other: Any, floor: float) -> str | None:
     return None
 
 
-class _Stashes:
-    """Tensors in the attributes of modules: one that is put there before the cut would be stale when resumed."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._before = {
-            (name, key): [id(leaf) for _, leaf in located(value)]
-            for name, module in model.named_modules()
-            for key, value in vars(module).items()
-            if key not in _INNER
-        }
-        self._versions = {id(b): b._version for b in model.buffers() if not b.is_inference()}
-
-    def refuse(self, trace: Trace, run: Capture) -> None:
-        called = [path for path, _ in run.templates]
-        for name, module in self._model.named_modules():
-            inside = any(name == path or name.startswith(f"{path}.") for path in called)
-            if not inside:
-                continue
-            for key, value in vars(module).items():
-                if key in _INNER:
-                    continue
-                leaves = [leaf for _, leaf in located(value)]
-                if [id(leaf) for leaf in leaves] == self._before.get((name, key), []):
-                    continue
-                if any(mark.kind == "input" for mark in trace.all_marks(leaves)):
-                    raise CutError(
-                        f"{name}, which comes before the cut, puts tensors into its attribute {key}; on a resumed call "
-                        "it does not run, and they would be those of another batch. Cut at an earlier submodule, or "
-                        "return them."
-                    )
-            for key, buffer in vars(module)["_buffers"].items():
-                version = None if buffer is None or buffer.is_inference() else buffer._version
-                if version is not None and self._versions.get(id(buffer), version) != version:
-                    raise CutError(
-                        f"{name}, which comes before the cut, writes into its buffer {key}; on a resumed call it does "
-                        "not run. Cut at an earlier submodule, or take that write out."
-                    )
-
-
-_INNER = frozenset(vars(nn.Module()))
-
-
 def probe(
     model: nn.Module, forward: Callable[..., Any], shadow: Shadow, asked: Asked, at: str, call: int, extra: bool
-) -> Plan:
-    """Part a model for this kind of call.
+) -> tuple[Plan, frozenset[Branch]]:
+    """Part a model for this kind of call; the plan, and the ways that were looked at.
 
     Raises:
         CutError: that cannot be done rightly.
@@ -474,16 +451,7 @@ def probe(
             "or more rows first, or give recycle(..., batch=...) such a batch."
         )
     with untouched(model):
-        return _Probe(model, forward, shadow, asked, at, call, extra).run()[0]
-
-
-def learn_shapes(
-    plan: Plan, shadow: Shadow, forward: Callable[..., Any], arguments: Arguments, rows: int
-) -> tuple[Shapes, Found]:
-    """What the modules before the cut return for these inputs."""
-    run = Capture(plan.call, plan.twins, plan.extras)
-    found = capture(run, shadow, forward, arguments, plan.at)
-    return shapes_of(plan, found, rows), found
+        return _Probe(model, forward, shadow, asked, at, call, extra).run()
 
 
 def shapes_of(plan: Plan, found: Found, rows: int) -> Shapes:
@@ -509,5 +477,24 @@ def rows_of_capture(plan: Plan, found: Found) -> tuple[torch.Tensor, ...]:
     return tuple(tensors)
 
 
-__all__ += ["learn_shapes", "rows_of_capture", "shapes_of"]
-_ = inputs_of, take
+def refuse_coupled(plan: Plan, shadow: Shadow, forward: Callable[..., Any], asked: Asked, at: Branches) -> None:
+    """Look at a batch that took a way that was never looked at: do its rows come out the same among others?
+
+    Raises:
+        CutError: they do not.
+    """
+    count = asked.batch.size
+    parts = [list(range(count)), list(range(0, count, 2)), list(range(1, count, 2))]
+    with preserved_randomness():
+        full, even, odd = (
+            rows_of_capture(plan, capture(Capture(plan.call, plan.extras), shadow, forward, taken, plan.at, at))
+            for taken in (asked.arguments.taken(asked.batch, places) for places in parts)
+        )
+    for stored, rows, some, rest in zip(plan.per_row, full, even, odd, strict=True):
+        floor = max(tolerance_of(rows.dtype), 0.0) if rows.dtype in (torch.float16, torch.bfloat16) else 0.0
+        fits = some.shape[1:] == rest.shape[1:] == rows.shape[1:]
+        if not fits or not (agree(rows[::2], some, floor) and agree(rows[1::2], rest, floor)):
+            raise CutError(
+                f"{plan.at}: on the way to the cut the model decides by values of the whole batch, and {stored} comes "
+                "out otherwise for a row among other rows. Cut at an earlier submodule, or make the way the same."
+            )

@@ -17,17 +17,19 @@ from ..batch import tensors_in
 from ..classes import original_class
 from ..errors import CutError
 from ..fingerprint import context
-from ..memo import Memo
+from ..memo import Bypass, Memo
 from ..modes import current_mode
 from ..notices import log
 from ..opening import open_store
+from ..selfcheck import preserved_randomness
 from .axes import from_rows
+from .branches import Branch, Branches
 from .cache import RecycledCache
 from .distributed import reducer_around
 from .ghosts import Ghost, Origin, unwrapped
 from .kinds import Asked, asked_of, inputs_of, with_inputs
 from .plan import Plan, Shapes
-from .probe import capture, probe, rows_of_capture, shapes_of
+from .probe import capture, probe, refuse_coupled, rows_of_capture, shapes_of
 from .runs import Capture, Resume
 from .shadow import Shadow, current, running
 from .trees import mapped
@@ -82,6 +84,7 @@ class Recycled:
         self.modes: dict[str, bool] = {}
         self.parted: dict[tuple[object, ...], Parted] = {}
         self._shapes: dict[tuple[object, ...], Shapes] = {}
+        self._ways: dict[tuple[object, ...], set[Branch]] = {}
         self._binder: Binder | None = None
         self._lock = threading.RLock()
         self._local = _Local()
@@ -218,9 +221,11 @@ class Recycled:
         self._local.plain = True
         try:
             asking = self.asking
-            plan = probe(model, cls.forward, self.shadow(model), asked, asking.at, asking.call, asking.extra)
+            shadow = self.shadow(model)
+            plan, ways = probe(model, cls.forward, shadow, asked, asking.at, asking.call, asking.extra)
         finally:
             self._local.plain = False
+        self._ways.setdefault(asked.kind, set()).update(ways)
         self._refuse_grad(plan, asked)
         late = [name for name in plan.frozen if model.get_parameter(name).requires_grad]
         if late and (around := reducer_around(model)) is not None:
@@ -293,16 +298,25 @@ class Recycled:
         inputs = inputs_of(asked, frozenset(plan.inputs))
         sizes: tuple[object, ...] = (asked.kind, asked.sizes, context())
         made: list[Shapes] = []
+        known = self._ways.setdefault(asked.kind, set())
+        ways = Branches(known)
 
         def run(given: dict[str, Any]) -> Any:
             rows = _count(asked, given)
             whole = all(given.get(path) is value for path, value in inputs.items())
             arguments = asked.arguments if whole else with_inputs(asked, given, rows)
-            twins = Capture(plan.call, plan.twins, plan.extras)
-            found = capture(twins, shadow, cls.forward, arguments, plan.at)
+            with preserved_randomness():  # what a hit does not draw, a miss must not draw either
+                found = capture(Capture(plan.call, plan.extras), shadow, cls.forward, arguments, plan.at, ways)
             if not made and rows_fit(asked, given):
                 made.append(shapes_of(plan, found, rows))
-            return rows_of_capture(plan, found)
+            rows_made = rows_of_capture(plan, found)
+            if ways.new:
+                if asked.batch.size == 1:  # alone it is right, but nobody knows of it among others
+                    raise Bypass("took a new way alone", None, rows_made)
+                refuse_coupled(plan, shadow, cls.forward, asked, ways)
+                known.update(ways.new)
+                ways.new.clear()
+            return rows_made
 
         parted.take_over()
         with capturing(run):
@@ -316,14 +330,23 @@ class Recycled:
                 run({path: _one(asked, path, value) for path, value in inputs.items()})
                 shapes = made[0]
                 self._remember(sizes, shapes)
-        return self._head(shadow, cls, plan, asked, shapes, stored)
+        return self._head(shadow, cls, plan, asked, shapes, stored, ways)
 
     def _remember(self, sizes: tuple[object, ...], shapes: Shapes) -> None:
         if len(self._shapes) >= 512:
             self._shapes.clear()
         self._shapes[sizes] = shapes
 
-    def _head(self, shadow: Shadow, cls: type[nn.Module], plan: Plan, asked: Asked, shapes: Shapes, stored: Any) -> Any:
+    def _head(
+        self,
+        shadow: Shadow,
+        cls: type[nn.Module],
+        plan: Plan,
+        asked: Asked,
+        shapes: Shapes,
+        stored: Any,
+        ways: Branches,
+    ) -> Any:
         tensors = {}
         for kept, rows in zip(plan.per_row, stored, strict=True):
             assert kept.axis is not None
@@ -341,7 +364,8 @@ class Recycled:
         shadow.take_over()
         arguments = asked.arguments
         try:
-            with running(run):
+            run.branches = ways
+            with running(run), run.watched():
                 output = cls.forward(shadow.root, *arguments.args, **arguments.kwargs)
                 output = mapped(output, unwrapped, Ghost)
         except Exception:
@@ -352,6 +376,9 @@ class Recycled:
             shadow.hand_back()
         if run.error is not None:
             raise run.error
+        if ways.new and asked.batch.size > 1:
+            refuse_coupled(plan, shadow, cls.forward, asked, ways)
+            self._ways[asked.kind].update(ways.new)
         if not run.reached:
             raise CutError(
                 f"{plan.at} was not called on this call, though it was when such a call was probed: it is skipped "

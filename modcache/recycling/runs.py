@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import _get_current_function_mode
 
 from ..errors import CutError
+from .branches import Branches
 from .ghosts import Ghost, Origin, Spec, spec_of, unwrapped
 from .shadow import Place, eval_twin
 from .trace import Mark, Trace
@@ -50,20 +53,12 @@ class Capture:
 
     Args:
         call: the number of the call of the cut at which it ends.
-        twins: modules that are used after the cut too, so that their own mode says nothing.
         keep: whose outputs are wanted beside the arguments of the cut; ``None`` keeps all.
         trace: follows values, if that is wanted.
     """
 
-    def __init__(
-        self,
-        call: int,
-        twins: AbstractSet[str] = frozenset(),
-        keep: AbstractSet[Called] | None = None,
-        trace: Trace | None = None,
-    ) -> None:
+    def __init__(self, call: int, keep: AbstractSet[Called] | None = None, trace: Trace | None = None) -> None:
         self._call = call
-        self._twins = twins
         self._keep = keep
         self._trace = trace
         self._counts: Counter[str] = Counter()
@@ -82,9 +77,8 @@ class Capture:
             if number == self._call:
                 self.arguments = args, kwargs
                 raise Reached
-        module = eval_twin(place.module) if place.path in self._twins else place.module
         before = self._hidden(args, kwargs)
-        output = module(*args, **kwargs)
+        output = eval_twin(place.module)(*args, **kwargs)
         called = place.path, number
         if self._trace is not None:
             self._look_at(place, output, before, self._hidden(args, kwargs))
@@ -112,6 +106,11 @@ class Capture:
                 raise CutError(
                     f"{place.path}, which comes before the cut, returns a nested, packed or sparse tensor, of which "
                     "nobody can tell the rows. Cut at an earlier submodule, or give it padded tensors."
+                )
+            if set_on := sorted(getattr(tensor, "__dict__", {})):
+                raise CutError(
+                    f"{place.path}, which comes before the cut, sets {set_on[0]} on a tensor that it returns, which is "
+                    "not stored. Cut at an earlier submodule, or return it."
                 )
         if next(hidden_tensors(output), None) is not None:
             raise CutError(
@@ -168,6 +167,8 @@ class Resume:
         self.needed: dict[Origin, None] = {}
         self.ghostly: tuple[Step, ...] = ()
         self.after: set[str] = set()
+        self.branches: Branches | None = None
+        self._watching = False
 
     def called(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module behind a gate, or hand out ghosts in its stead."""
@@ -203,6 +204,7 @@ class Resume:
         self.ghostly = tuple(step for step, _ in ghosts)
         if self._values is None:
             raise Reached
+        self._unwatched()
         if set(self.ghostly) != set(self._values):
             raise self.failed(
                 CutError(f"{path} is given other tensors from before the cut than when this kind of call was probed.")
@@ -210,6 +212,24 @@ class Resume:
         for step, ghost in ghosts:
             ghost.value = self._values[step]
         self.reached = True
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note, up to the cut, which way is taken."""
+        self._watching = self.branches is not None
+        if self.branches is not None:
+            self.branches.__enter__()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            self._unwatched()
+
+    def _unwatched(self) -> None:
+        if self.branches is None or not self._watching:
+            return
+        if _get_current_function_mode() is self.branches:  # else the model's own code entered another one since
+            self._watching = False
+            self.branches.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def value_of(self, origin: Origin, ghost: Ghost) -> torch.Tensor:
         """The stored value of a module's output."""
