@@ -105,14 +105,15 @@ class KeyIndex:
     def set_joined(self, joined: bytes, places: Places) -> None:
         """As `set`, for many keys that stand one behind the other: a fourth of the time for a million new ones."""
         words = _words(joined)
-        if len(words) < self._newest or len(np.unique(words[:, 0])) < len(words):
+        if len(words) < self._newest or _any_equal(words[:, 0]):
             self.set(cut_keys(joined), places)
             return
-        new = self.find_joined(joined) < 0
-        if not new.all():
-            known = np.flatnonzero(~new)
-            self.set(cut_keys(words[known].tobytes()), places[known])
-            words, places = words[new], places[new]
+        if len(self):
+            new = self.find_joined(joined) < 0
+            if not new.all():
+                known = np.flatnonzero(~new)
+                self.set(cut_keys(words[known].tobytes()), places[known])
+                words, places = words[new], places[new]
         self._take_in(words, places)
 
     def delete(self, keys: Sequence[bytes]) -> Places:
@@ -156,6 +157,11 @@ def _pack(places: Iterable[int], count: int) -> Places:
 
 def _words(joined: bytes) -> _Words:
     return np.frombuffer(joined, np.uint64).reshape(-1, 2)
+
+
+def _any_equal(numbers: npt.NDArray[np.uint64]) -> bool:
+    ordered = np.sort(numbers)
+    return bool((ordered[1:] == ordered[:-1]).any())
 
 
 def _eights(flags: npt.NDArray[np.bool_]) -> _Words:

@@ -8,15 +8,29 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from .frames import DROPPED, ROWS, ROWS_HEAD_BYTES, Frame, SegmentHeader, pack_frame, pack_log_header, pack_rows_head
+import numpy as np
+import numpy.typing as npt
+
+from .frames import (
+    DROPPED,
+    ROWS,
+    ROWS_HEAD_BYTES,
+    SUM_BYTES,
+    Frame,
+    SegmentHeader,
+    pack_frame,
+    pack_log_header,
+    pack_rows_head,
+)
 from .names import ROWS_FOLDER, Directory
+from .records import sums_of
 
 if TYPE_CHECKING:
     from .segment import Segment
 
 __all__ = ["SegmentWriter"]
 
-_MOST_PARTS: Final = 512  # of one write
+_PART: Final = 1 << 19  # bytes that are written at once
 
 
 class SegmentWriter:
@@ -43,18 +57,31 @@ class SegmentWriter:
         """What the files take before anything is in them, as far as they are not made yet."""
         return 0 if self._log_end else ROWS_HEAD_BYTES + len(self._header)
 
-    def append(self, parts: Sequence[memoryview], keys: bytes, sums: bytes, stamp: int) -> None:
-        """Writes rows behind those that are there, and commits them.
+    def append(self, matrices: Sequence[tuple[npt.NDArray[np.uint8], bytes]], keys: bytes, stamp: int) -> bytes:
+        """Writes rows behind those that are there, and commits them; the checksum of each, joined.
+
+        Args:
+            matrices: the rows, and their checksums or nothing.
+            keys: of all rows.
+            stamp: of the commit.
 
         Raises:
             OSError: they were not committed; what was written of them is overwritten by the next.
         """
         rows, log = self._open()
-        offset = ROWS_HEAD_BYTES + self.rows * self._row_bytes
-        for start in range(0, len(parts), _MOST_PARTS):
-            offset = _write(rows, parts[start : start + _MOST_PARTS], offset)
-        self._commit(log, Frame(ROWS, stamp, self.rows, keys, sums))
-        self.rows += len(sums) // 8
+        offset, sums = ROWS_HEAD_BYTES + self.rows * self._row_bytes, []
+        some = max(1, _PART // max(1, self._row_bytes))
+        for matrix, known in matrices:
+            sums.append(known)
+            for start in range(0, len(matrix), some):
+                part = matrix[start : start + some]
+                if not known:  # now, because what was just summed up is still in the cache when it is written
+                    sums.append(sums_of(part))
+                offset = _write(rows, memoryview(part.reshape(-1).data), offset)
+        joined = b"".join(sums)
+        self._commit(log, Frame(ROWS, stamp, self.rows, keys, joined))
+        self.rows += len(joined) // SUM_BYTES
+        return joined
 
     def drop(self, keys: bytes, stamp: int) -> None:
         """Writes down that the rows of these keys do not count any more.
@@ -92,7 +119,7 @@ class SegmentWriter:
 
     def _commit(self, log: int, frame: Frame) -> None:
         self.dirty = True
-        self._log_end = _write(log, [memoryview(pack_frame(frame, self._segment, self._log_end))], self._log_end)
+        self._log_end = _write(log, memoryview(pack_frame(frame, self._segment, self._log_end)), self._log_end)
 
     def _open(self) -> tuple[int, int]:
         """The descriptors of the files, which are made or opened if need be."""
@@ -112,14 +139,14 @@ class SegmentWriter:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         rows = self._directory.open_segment(self._folder, self._name.rows, flags)
         try:
-            _write(rows, [memoryview(pack_rows_head(self._segment))], 0)
+            _write(rows, memoryview(pack_rows_head(self._segment)), 0)
             # The log comes second: where there is one, there are rows.
             log = self._directory.open_segment(self._folder, self._name.log, flags)
         except BaseException:
             os.close(rows)
             raise
         try:
-            self._log_end = _write(log, [memoryview(self._header)], 0)
+            self._log_end = _write(log, memoryview(self._header), 0)
         except BaseException:
             os.close(rows)
             os.close(log)
@@ -136,16 +163,11 @@ class SegmentWriter:
             raise
 
 
-def _write(file: int, parts: Sequence[memoryview], offset: int) -> int:
-    """Writes all parts from an offset on, however often the system takes only some; the offset behind them."""
-    left = [part for part in parts if part.nbytes]
-    while left:
-        done = os.pwritev(file, left, offset)
+def _write(file: int, data: memoryview, offset: int) -> int:
+    """Writes all of the data at an offset, however often the system takes only some; the offset behind it."""
+    while data.nbytes:
+        done = os.pwrite(file, data, offset)
         if not done:
             raise OSError(errno.EIO, "nothing could be written")
-        offset += done
-        while left and done >= left[0].nbytes:
-            done -= left.pop(0).nbytes
-        if done:
-            left[0] = left[0][done:]
+        offset, data = offset + done, data[done:]
     return offset

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Reading"]
 
 _NO_ROWS: Final = Layout("null", ())
+_NEWEST: Final = 1 << 16  # keys that are quick to note; more of them are moved at a time, which may take 20 ms
 _TRIES: Final = 8  # files that vanish under our hands, again and again
 _RACY: Final = 2_000_000_000  # nanoseconds within which a folder may change without another time of change
 
@@ -45,7 +46,7 @@ class Reading:
         self._directory = directory
         self._descriptors = descriptors
         self._mapped = mapped
-        self._index = KeyIndex()
+        self._index = KeyIndex(_NEWEST)
         self._groups: dict[Layout, Group] = {}
         self._segments: dict[int, Segment] = {}
         self._names: dict[SegmentName, Segment] = {}
@@ -155,7 +156,7 @@ class Reading:
         self._hidden = stamp
         for segment in self._open.values():
             segment.closed = True
-        self._index, self._dropped = KeyIndex(), {}
+        self._index, self._dropped = KeyIndex(_NEWEST), {}
         return count
 
     def close(self) -> None:

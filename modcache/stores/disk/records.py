@@ -2,42 +2,86 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from ...digest import checksum
 from ...tensors import memory_of
 from ..index import Places
 
 if TYPE_CHECKING:
-    import torch
-
     from ...rows import Rows
 
-__all__ = ["matrix_of"]
+__all__ = ["Buffers", "matrix_of", "sums_of"]
+
+_PART: Final = 1 << 19  # bytes that are copied at once: they are still in the cache when they are summed up
+_SMALLEST: Final = 1 << 16
+_KEPT: Final = 64 << 20
+
+_Bytes = npt.NDArray[np.uint8]
 
 
-def matrix_of(rows: Rows, chosen: Places) -> npt.NDArray[np.uint8]:
-    """The bytes of some of the rows, copied, one record a row.
+class Buffers:
+    """Memory that was used before: fresh memory costs more than the copy into it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._free: list[_Bytes] = []
+
+    def take(self, size: int) -> _Bytes:
+        """At least so many bytes."""
+        with self._lock:
+            for place in reversed(range(len(self._free))):  # what was given last is in the cache still
+                if size <= self._free[place].size <= 2 * size + _SMALLEST:
+                    return self._free.pop(place)
+        return np.empty(max(size, _SMALLEST), np.uint8)
+
+    def give(self, buffer: _Bytes) -> None:
+        """Takes memory back, which nobody uses any more."""
+        with self._lock:
+            if buffer.size + sum(free.size for free in self._free) <= _KEPT:
+                self._free.append(buffer)
+
+    def clear(self) -> None:
+        """Gives all memory back to the system."""
+        with self._lock:
+            self._free.clear()
+
+
+def matrix_of(rows: Rows, chosen: Places, buffer: _Bytes, *, with_sums: bool) -> tuple[_Bytes, bytes]:
+    """The bytes of some of the rows, copied into a buffer, one record a row; and their checksums, or ``b""``.
 
     >>> import torch
     >>> from modcache.rows import SINGLE, Layout, Rows
     >>> pairs = Rows(Layout(SINGLE, ((torch.uint8, (2,)),)), (torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8),))
-    >>> matrix_of(pairs, np.array([1]))
-    array([[3, 4]], dtype=uint8)
+    >>> matrix_of(pairs, np.array([1]), np.empty(2, np.uint8), with_sums=False)
+    (array([[3, 4]], dtype=uint8), b'')
     """
     sizes = rows.layout.leaf_bytes
-    matrix, place = np.empty((len(chosen), sum(sizes)), np.uint8), 0
-    for tensor, size in zip(rows.tensors, sizes, strict=True):
-        if size:
-            values = _settled(tensor)
-            source = np.frombuffer(memory_of(values), np.uint8).reshape(len(values), size)
-            # All of them: one copy, without a look at the places.
-            matrix[:, place : place + size] = source if len(chosen) == len(source) else source[chosen]
-        place += size
-    return matrix
+    tensors = [tensor.detach().resolve_conj().resolve_neg().cpu().contiguous() for tensor in rows.tensors]
+    sources = [
+        np.frombuffer(memory_of(tensor), np.uint8).reshape(len(tensor), size)
+        for tensor, size in zip(tensors, sizes, strict=True)
+    ]  # the tensors are kept until these are read
+    count, row_bytes = len(chosen), sum(sizes)
+    matrix = buffer[: count * row_bytes].reshape(count, row_bytes)
+    whole = all(len(source) == count for source in sources)  # then no look at the places is needed
+    some, sums = max(1, _PART // max(1, row_bytes)), []
+    for start in range(0, count, some):
+        part, place = matrix[start : start + some], 0
+        for source, size in zip(sources, sizes, strict=True):
+            if size:
+                which = slice(start, start + some) if whole else chosen[start : start + some]
+                part[:, place : place + size] = source[which]
+            place += size
+        if with_sums:
+            sums.append(sums_of(part))
+    return matrix, b"".join(sums)
 
 
-def _settled(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+def sums_of(matrix: _Bytes) -> bytes:
+    """The checksum of each record, joined."""
+    return np.fromiter(map(checksum, matrix), "<u8", len(matrix)).tobytes()

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DiskStore", "open_directory"]
 
-_QUEUE_BYTES: Final = 256 << 20
+_QUEUE_BYTES: Final = 64 << 20  # more would not be in the cache any more when it is written
 _QUEUE_SHARE: Final = 8  # of the memory that there is
+_LARGE: Final = 16 << 10
 _USE_NOTED: Final = 60.0  # seconds within which a namespace is not noted as used again
 _CHUNK: Final = 1024  # rows that are moved at a time when a namespace gets another name
 
@@ -188,16 +189,19 @@ class DiskStore:
             self._refused += len(chosen)
             self._tell()
             return 0
-        matrix = matrix_of(rows, chosen)
+        size = len(chosen) * rows.layout.row_bytes
+        self._writing.make_way(size)
+        buffer = self._writing.buffers.take(size)
+        # Large rows are summed up right here, where they are in the cache; then two threads have as much to do.
+        matrix, sums = matrix_of(rows, chosen, buffer, with_sums=rows.layout.row_bytes >= _LARGE)
         keys = list(row_keys) if len(chosen) == len(row_keys) else [row_keys[i] for i in chosen.tolist()]
-        self._writing.make_way(matrix.nbytes)
         with self._lock:
             if self._closed:
                 return 0
             reading = self._reading(namespace)
             segment = reading.open_segment(rows.layout, len(keys), self._writing.next_name)
-            first = reading.expect(segment, keys, matrix)
-            self._writing.push(Put(reading, segment, first, b"".join(keys), matrix, self._next_stamp(reading)))
+            first, stamp = reading.expect(segment, keys, matrix), self._next_stamp(reading)
+            self._writing.push(Put(reading, segment, first, b"".join(keys), matrix, sums, stamp, buffer))
             self._note_use(reading)
         self._tell()
         return len(keys)

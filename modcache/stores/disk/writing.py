@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from ...digest import checksum
 from .admission import Admission
 from .appending import SegmentWriter
 from .catalogue import Catalogue, Entry
 from .frames import SegmentHeader
 from .manifest import read_manifest, write_manifest
 from .names import CATALOGUE, ROWS_FOLDER, Directory, SegmentName, new_writer
+from .records import Buffers
 
 if TYPE_CHECKING:
     from .reading import Reading
@@ -48,7 +48,9 @@ class Put:
     first: int
     keys: bytes
     matrix: npt.NDArray[np.uint8]
+    sums: bytes
     stamp: int
+    buffer: npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class Writing:
     ) -> None:
         self.troubles: list[tuple[str, str]] = []  # kind and text of what a user should hear of
         self.refused = self.evicted = 0
+        self.buffers = Buffers()
         self._directory, self._lock = directory, lock
         self._queue_bytes = queue_bytes
         self._catalogue = Catalogue(directory.path / CATALOGUE, writable=True)
@@ -242,8 +245,10 @@ class Writing:
             while not self._tasks:
                 if self._stopping:
                     return []
-                if not self._state.wait(_IDLE) and self._sign is not None:
-                    self._admission.release(self._sign)
+                if not self._state.wait(_IDLE):
+                    self.buffers.clear()
+                    if self._sign is not None:
+                        self._admission.release(self._sign)
             taken, size = [self._tasks.popleft()], 0
             first = taken[0]
             while isinstance(first, Put) and self._tasks and size < _JOINED:
@@ -290,12 +295,12 @@ class Writing:
             self._abort("no room", reason, puts)
             return
         first, stamp = puts[0].first, puts[-1].stamp
-        sums = b"".join([_sums(put.matrix) for put in puts])
-        parts = [memoryview(put.matrix.reshape(-1)) for put in puts]  # type: ignore[arg-type]
-        writer.append(parts, b"".join([put.keys for put in puts]), sums, stamp)
+        sums = writer.append([(put.matrix, put.sums) for put in puts], b"".join([put.keys for put in puts]), stamp)
         with self._lock:
             if not segment.closed:
                 reading.committed(segment, first, stamp, sums)
+                for put in puts:
+                    self.buffers.give(put.buffer)
                 return
         # The namespace was deleted meanwhile; its files were unlinked, these perhaps were not there yet.
         self._directory.remove_segment(segment.folder, segment.name)
@@ -420,7 +425,3 @@ def _follow(puts: list[Put], rows: int) -> bool:
             return False
         rows += len(put.matrix)
     return True
-
-
-def _sums(matrix: npt.NDArray[np.uint8]) -> bytes:
-    return np.fromiter(map(checksum, matrix), "<u8", len(matrix)).tobytes()
