@@ -99,9 +99,9 @@ _NOTHING = Missed()
 
 
 def _lent(memo: Memo, site: Site, recipe: Recipe, keys: list[bytes]) -> Rows | None:
-    """The rows of a call padded to its width, copied once, from a store that can lend them."""
-    lend = getattr(memo.store, "lend", None)
-    if lend is None or recipe.tokens is None or memo.passed(site.namespace, recipe.form) is None:
+    """The rows of a call padded to its width, copied once, where they have tokens and the store can lend them."""
+    lend, dims = getattr(memo.store, "lend", None), memo.passed(site.namespace, recipe.form)
+    if lend is None or recipe.tokens is None or not any(dims or ()):
         return None
     rows: Rows | None = lend(site.namespace, keys, partial(pad_lent, recipe.size, recipe.tokens.like.width))
     return rows

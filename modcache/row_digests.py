@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import os
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -17,7 +18,8 @@ from .tensors import memory_of, plain_memory, settled
 
 __all__ = ["plain_row_digests", "row_digests", "tensor_row_digests"]
 
-_LARGE_ROW = 1 << 11  # from here on a slice of a memoryview is cheaper than struct.unpack (measured)
+_LARGE_ROW = 1 << 10  # from here on a slice of a memoryview is cheaper than struct.unpack (measured)
+_KNOWN_SLICES = 1 << 10  # rows whose slices are kept: some 100 KB a form
 _STRIDED_ROW = 1 << 16  # from here on strided rows go through one buffer instead of a whole copy
 _THREADED_BATCH = 1 << 24  # a second thread costs about 60 µs: it pays from about 16 MiB a batch
 
@@ -73,6 +75,12 @@ def _row_struct(width: int, count: int) -> struct.Struct:
     return struct.Struct(f"{width}s" * count)
 
 
+@functools.lru_cache(maxsize=32)
+def _row_slices(width: int, count: int) -> Callable[[memoryview], tuple[memoryview, ...]]:
+    """Cuts the rows out of a memory: two thirds of the time of slicing one by one."""
+    return operator.itemgetter(*[slice(start, start + width) for start in range(0, count * width, width)])
+
+
 def row_digests(memory: memoryview, count: int, width: int, seed: int) -> list[bytes]:
     """One digest for each of ``count`` rows of ``width`` bytes that lie behind each other in ``memory``."""
     if count * width >= _THREADED_BATCH and (threads := _threads()) > 1:
@@ -80,6 +88,8 @@ def row_digests(memory: memoryview, count: int, width: int, seed: int) -> list[b
     rows: Iterable[bytes | memoryview]
     if 0 < width < _LARGE_ROW:
         rows = _row_struct(width, count).unpack(memory)
+    elif width and 1 < count <= _KNOWN_SLICES:
+        rows = _row_slices(width, count)(memory)
     else:
         rows = [memory[start : start + width] for start in range(0, count * width, width)] if width else [b""] * count
     return list(map(digest, rows, itertools.repeat(seed)))  # by position: a keyword costs twice the digest

@@ -418,6 +418,16 @@ def test_paths_agree(width, monkeypatch):
         assert tensor_row_digests(strided.contiguous(), 3) == expected
 
 
+@pytest.mark.parametrize("width", [1023, 1024, 4096])
+@pytest.mark.parametrize("count", [0, 1, 2, 1024, 1025])
+def test_rows_are_cut_alike_however_many_there_are(count, width):
+    """Each way of cutting rows out of a memory gives each row its own digest, and again for other content."""
+    for start in (0, 1):
+        content = (bytes(range(start, 256)) * (count * width // 255 + 1))[: count * width]
+        rows = [content[at : at + width] for at in range(0, count * width, width)]
+        assert row_digests(memoryview(content), count, width, 9) == [digest(row, 9) for row in rows]
+
+
 @given(st.integers(0, 9), st.integers(0, 70), st.integers(0, 2**64 - 1), st.integers(1, 4))
 def test_row_digests(count, width, seed, threads):
     """Rows behind each other are digested one by one, for every count, width and number of threads."""
