@@ -66,7 +66,9 @@ class Watch:
         self._lengths = list(map(len, self._dicts))
         # The forward of a base too: a class that replaces it may still call it.
         bases = [cls for cls in found.seen.classes.values() if "forward" in vars(cls)]
-        self._classes = list(dict.fromkeys([self._root_type, *self._types, *bases]))
+        classes = dict.fromkeys([self._root_type, *self._types, *bases])
+        # The forward of a traced module is no attribute of its class.
+        self._classes = [cls for cls in classes if not issubclass(cls, torch.jit.ScriptModule)]
         self._forwards = list(map(_forward, self._classes))
         self._inside(module)
         self._outside(found)

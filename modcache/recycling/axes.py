@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from ..selfcheck import tolerance_of
 
-__all__ = ["Axis", "CoupledError", "agree", "axis_of", "from_rows", "order_of", "slopes_of", "to_rows"]
+__all__ = ["Axis", "CoupledError", "agree", "axis_of", "floor_of", "from_rows", "order_of", "slopes_of", "to_rows"]
 
 
 class Axis(NamedTuple):
@@ -105,18 +106,31 @@ def from_rows(rows: torch.Tensor, axis: Axis) -> torch.Tensor:
     return tensor.permute(axis.order).contiguous().permute(inverse)
 
 
-def agree(one: torch.Tensor, other: torch.Tensor, floor: float = 0.0, exact: float = 1.0) -> bool:
+_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.complex128: 1e-10,
+    torch.float32: 1e-4,
+    torch.complex64: 1e-4,
+}
+"""How far apart the same row may come out of two runs, relative to the root mean square."""
+
+
+def floor_of(dtypes: Iterable[torch.dtype]) -> float:
+    """The tolerance of the least precise of some dtypes."""
+    return max([0.0, *(_TOLERANCE.get(dtype, tolerance_of(dtype)) for dtype in dtypes if dtype.itemsize > 1)])
+
+
+def agree(one: torch.Tensor, other: torch.Tensor, floor: float = 0.0) -> bool:
     """Whether two tensors are the same within their precision.
 
     Args:
         one: a tensor.
         other: what it should be.
         floor: the tolerance of the least precise arithmetic inside.
-        exact: a factor on the tolerance.
     """
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    tolerance = max(tolerance_of(one.dtype), floor) * exact
+    tolerance = max(_TOLERANCE.get(one.dtype, tolerance_of(one.dtype)), floor)
     if not tolerance_of(one.dtype):
         return torch.equal(one, other)
     wide = torch.complex128 if one.dtype.is_complex else torch.float64

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from .trace import Mark, Trace
 
 __all__ = ["Branch", "Branches"]
 
@@ -27,29 +30,43 @@ class Branches(TorchFunctionMode):
     """While it is entered, every value that Python asks for is noted.
 
     Args:
-        known: answers that were looked at before.
+        known: answers that were looked at before, and places (without an answer) that do not matter.
+        trace: tells what a value was made of.
     """
 
-    def __init__(self, known: set[Branch] | frozenset[Branch] = frozenset()) -> None:
+    def __init__(self, known: set[Branch] | frozenset[Branch] = frozenset(), trace: Trace | None = None) -> None:
         super().__init__()
         self._known = known
+        self.trace = trace
         self.new: set[Branch] = set()
+        self.marks: dict[Branch, frozenset[Mark]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """One function of torch."""
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", None)
         if name in _ASKS:
-            self._note(str(result))
+            self._note(str(result), args)
         elif name in _CARRIES_AWAY:
-            self._note(next(_numbers))  # what happens to it there, nobody sees: every time is a new one
+            self._note(next(_numbers), args)  # what happens to it there, nobody sees: every time is a new one
         return result
 
-    def _note(self, answer: object) -> None:
+    def irrelevant(self, inputs: Iterable[str]) -> set[Branch]:
+        """The places where values were asked for that none of these inputs went into."""
+        names = set(inputs)
+        return {
+            place
+            for place, marks in self.marks.items()
+            if not any(mark.kind == "input" and mark.name in names for mark in marks)
+        }
+
+    def _note(self, answer: object, args: Any) -> None:
         frame = sys._getframe(2)
         while frame.f_back is not None and frame.f_code.co_filename.startswith(_TORCHS):
             frame = frame.f_back
         code = frame.f_code
-        branch = (code.co_filename, code.co_firstlineno, code.co_name, frame.f_lasti, answer)
-        if branch not in self._known:
-            self.new.add(branch)
+        place = (code.co_filename, code.co_firstlineno, code.co_name, frame.f_lasti)
+        if self.trace is not None:
+            self.marks[place] = self.marks.get(place, frozenset()) | self.trace.all_marks(args)
+        if place not in self._known and (*place, answer) not in self._known:
+            self.new.add((*place, answer))

@@ -96,7 +96,7 @@ class RecycledCache(Cache):
         return [self._see(parted) for parted in self._recycled.parted.values()]
 
     def _see(self, parted: Parted) -> Cache:
-        parted.take_over()
+        parted.take_over(self._recycled.written)
         return Cache(parted.trunk, parted.attached)
 
     def _latest(self) -> Cache:

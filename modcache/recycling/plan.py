@@ -59,6 +59,7 @@ class Plan:
         twins: those of them that are used after the cut as well.
         direct: parameters and buffers of the ancestors that feed it.
         frozen: all parameters that feed it.
+        floor: the tolerance of the least precise arithmetic in it.
     """
 
     tag: str
@@ -74,6 +75,12 @@ class Plan:
     twins: frozenset[str]
     direct: tuple[str, ...]
     frozen: tuple[str, ...]
+    floor: float
+
+    @property
+    def skipped(self) -> frozenset[str]:
+        """Modules that only run before the cut."""
+        return frozenset(path for path, _ in self.stubs if path not in self.twins)
 
     @property
     def per_row(self) -> tuple[Stored, ...]:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..arguments import Arguments
 from ..errors import CutError
-from ..selfcheck import preserved_randomness, tolerance_of
-from .axes import CoupledError, agree, axis_of, slopes_of, to_rows
+from ..selfcheck import preserved_randomness
+from .axes import CoupledError, agree, axis_of, floor_of, slopes_of, to_rows
 from .branches import Branch, Branches
 from .ghosts import Ghost, Origin, Spec, unwrapped
 from .kinds import Asked
 from .plan import Plan, Shapes, Stored
 from .runs import Called, Capture, Reached, Resume, Template
 from .shadow import Shadow, running
-from .stashes import Stashes
+from .stashes import Stashes, buffers_of
 from .trace import Mark, Trace
 from .trees import Step, located, mapped, same_but_tensors
 
@@ -76,14 +79,17 @@ def _not_reached(at: str, calls: int) -> CutError:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Run things with the model in eval mode, and leave attributes, buffers, modes and randomness as they were."""
+def untouched(model: nn.Module, written: set[tuple[int, str]]) -> Iterator[None]:
+    """Run things with the model in eval mode, and leave attributes, buffers, modes and randomness as they were.
+
+    The attributes that were set meanwhile, by ``id`` of the module, are added to ``written``.
+    """
     modules = list(model.modules())
     before = [dict(vars(module)) for module in modules]
     buffers = [
         (module, name, value, None if value is None else value.detach().clone())
         for module in modules
-        for name, value in vars(module)["_buffers"].items()
+        for name, value in buffers_of(module).items()
     ]
     with preserved_randomness():
         try:
@@ -92,20 +98,33 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for module, was in zip(modules, before, strict=True):
-                _put_back(module, was)
+                written.update((id(module), name) for name in _put_back(module, was))
             with torch.no_grad():
                 for module, name, value, content in buffers:
-                    vars(module)["_buffers"][name] = value
+                    buffers_of(module)[name] = value
                     if value is not None and content is not None and not _same(value, content):
                         value.copy_(content)
 
 
-def _put_back(module: nn.Module, was: dict[str, Any]) -> None:
+def _put_back(module: nn.Module, was: dict[str, Any]) -> set[str]:
+    """Put attributes back; the names of those that had been set."""
     now = vars(module)
-    for name in [name for name in now if name not in was]:
-        if not name.startswith("_output_capturing"):  # transformers' hooks stay installed, and so does their note
-            del now[name]
-    now.update({name: value for name, value in was.items() if not name.startswith("_output_capturing")})
+    names = {name for name in {*now, *was} if name not in _INNER and now.get(name, was) is not was.get(name, now)}
+    kept = {name for name in names if name.startswith("_output_capturing")}  # transformers' hooks stay installed
+    for name in names - was.keys() - kept:
+        del now[name]
+    now.update({name: value for name, value in was.items() if name not in kept})
+    return names
+
+
+_INNER = frozenset(vars(nn.Module())) | {"_modcache"}
+
+
+def _seed(number: int) -> None:
+    """Begin other random numbers; the caller has preserved the user's."""
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -132,8 +151,8 @@ class _Probe:
         self.asked, self.at, self.call, self.extra = asked, at, call, extra
         self.count = min(asked.batch.size, _ROWS)
         self.branches = Branches()
-        dtypes = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
-        self.floor = max([0.0, *(tolerance_of(dtype) for dtype in dtypes if dtype in (torch.float16, torch.bfloat16))])
+        self.seeds = itertools.count(1)
+        self.floor = 0.0
 
     def taken(self, places: Sequence[int]) -> Arguments:
         if self.asked.batch.size == len(places) and list(places) == list(range(len(places))):
@@ -146,14 +165,18 @@ class _Probe:
 
     def captured(self, arguments: Arguments, trace: Trace | None = None) -> Found:
         run = Capture(self.call, trace=trace)
-        return capture(run, self.shadow, self.forward, arguments, self.at, self.branches)
+        self.branches.trace = trace
+        with preserved_randomness():
+            _seed(next(self.seeds))  # what draws random numbers shall give itself away
+            return capture(run, self.shadow, self.forward, arguments, self.at, self.branches)
 
     def run(self) -> tuple[Plan, frozenset[Branch]]:
         """The plan, and the ways that were looked at."""
         batch = self.taken(range(self.count))
         output = self.full(batch)
         try:
-            return self._parted(batch, output), frozenset(self.branches.new)
+            plan = self._parted(batch, output)
+            return plan, frozenset(self.branches.new | self.branches.irrelevant(plan.inputs))
         except (CutError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -202,6 +225,7 @@ class _Probe:
             trace.mark([leaf for _, leaf in located(value)], Mark("input", path), given=True)
         with trace:
             found = self.captured(batch, trace)
+        self.floor = floor_of(trace.dtypes)
         for marks in trace.written:
             kinds = {mark.kind for mark in marks}
             name = ", ".join(sorted({mark.name for mark in marks if mark.kind in ("buffer", "input", "parameter")})[:3])
@@ -361,6 +385,7 @@ class _Probe:
             twins=frozenset(trunk) & after,
             direct=direct,
             frozen=tuple(sorted(frozen)),
+            floor=self.floor,
         )
 
     def _refuse_coupled(self, found: Found, shared: list[Any]) -> None:
@@ -432,7 +457,7 @@ def _difference(one: Any, other: Any, floor: float) -> str | None:
         where = "".join(f"[{part!r}]" for part in step) or "the output"
         if mine.shape != yours.shape or mine.dtype != yours.dtype:
             return f"{where}: shape {tuple(yours.shape)} for {tuple(mine.shape)}"
-        if not agree(mine, yours, floor, exact=1e-2 if not floor else 1.0):
+        if not agree(mine, yours, floor):
             return f"{where}: other values"
     return None
 
@@ -450,7 +475,7 @@ def probe(
             f"{at}: the first batch has one row, which does not tell rows from the rest. Call the model with two "
             "or more rows first, or give recycle(..., batch=...) such a batch."
         )
-    with untouched(model):
+    with untouched(model, shadow.written):
         return _Probe(model, forward, shadow, asked, at, call, extra).run()
 
 
@@ -491,9 +516,8 @@ def refuse_coupled(plan: Plan, shadow: Shadow, forward: Callable[..., Any], aske
             for taken in (asked.arguments.taken(asked.batch, places) for places in parts)
         )
     for stored, rows, some, rest in zip(plan.per_row, full, even, odd, strict=True):
-        floor = max(tolerance_of(rows.dtype), 0.0) if rows.dtype in (torch.float16, torch.bfloat16) else 0.0
         fits = some.shape[1:] == rest.shape[1:] == rows.shape[1:]
-        if not fits or not (agree(rows[::2], some, floor) and agree(rows[1::2], rest, floor)):
+        if not fits or not (agree(rows[::2], some, plan.floor) and agree(rows[1::2], rest, plan.floor)):
             raise CutError(
                 f"{plan.at}: on the way to the cut the model decides by values of the whole batch, and {stored} comes "
                 "out otherwise for a row among other rows. Cut at an earlier submodule, or make the way the same."

@@ -32,7 +32,7 @@ from .plan import Plan, Shapes
 from .probe import capture, probe, refuse_coupled, rows_of_capture, shapes_of
 from .runs import Capture, Resume
 from .shadow import Shadow, current, running
-from .trees import mapped
+from .trees import fill_inside, mapped
 from .trunk import Parted, ProbedMemo, TrunkAttached, capturing
 
 __all__ = ["Asking", "Recycled"]
@@ -85,6 +85,7 @@ class Recycled:
         self.parted: dict[tuple[object, ...], Parted] = {}
         self._shapes: dict[tuple[object, ...], Shapes] = {}
         self._ways: dict[tuple[object, ...], set[Branch]] = {}
+        self.written: set[tuple[int, str]] = set()  # attributes of ancestors that a forward sets
         self._binder: Binder | None = None
         self._lock = threading.RLock()
         self._local = _Local()
@@ -200,7 +201,7 @@ class Recycled:
         """The shadow of the model in this thread."""
         found = self._local.shadow
         if found is None or not found.is_current():
-            found = self._local.shadow = Shadow(model, model.get_submodule(self.asking.at))
+            found = self._local.shadow = Shadow(model, model.get_submodule(self.asking.at), self.written)
         return found
 
     def plan_of(self, model: nn.Module, cls: type[nn.Module], asked: Asked) -> Plan | None:
@@ -227,6 +228,7 @@ class Recycled:
             self._local.plain = False
         self._ways.setdefault(asked.kind, set()).update(ways)
         self._refuse_grad(plan, asked)
+        self._refuse_scripted(model, plan)
         late = [name for name in plan.frozen if model.get_parameter(name).requires_grad]
         if late and (around := reducer_around(model)) is not None:
             raise CutError(
@@ -234,6 +236,17 @@ class Recycled:
                 "and waits for its gradient in each step. Call recycle(model, ..., batch=...) before wrapping it."
             )
         return plan
+
+    def _refuse_scripted(self, model: nn.Module, plan: Plan) -> None:
+        if self.requested.version is not None:
+            return
+        for path in plan.trunk:
+            for name, module in model.get_submodule(path).named_modules(prefix=path):
+                if isinstance(module, torch.jit.ScriptModule):
+                    raise CutError(
+                        f"{name}, which feeds the cut, is TorchScript, of which the code and the weights cannot be "
+                        "read. Give version= to name them yourself, or cut at an earlier submodule."
+                    )
 
     def part(self, model: nn.Module, kind: tuple[object, ...], plan: Plan) -> None:
         """Part the model as planned, and freeze what feeds the cut."""
@@ -318,7 +331,7 @@ class Recycled:
                 ways.new.clear()
             return rows_made
 
-        parted.take_over()
+        parted.take_over(self.written)
         with capturing(run):
             stored = parted.attached.forward(parted.trunk, type(parted.trunk), (), self._inputs(plan, asked, keys))
             sizes = (*sizes, parted.attached.identity.check(parted.trunk, False).state)
@@ -362,12 +375,14 @@ class Recycled:
         templates = shapes.scaled(plan, asked.batch.size)
         run = Resume(plan.call, templates, plan.live, plan.twins, values, extras)
         shadow.take_over()
+        shadow.skipped = plan.skipped
         arguments = asked.arguments
         try:
             run.branches = ways
             with running(run), run.watched():
                 output = cls.forward(shadow.root, *arguments.args, **arguments.kwargs)
                 output = mapped(output, unwrapped, Ghost)
+                fill_inside(output, unwrapped, Ghost)
         except Exception:
             if run.error is not None:
                 raise run.error from None

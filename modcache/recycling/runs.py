@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.overrides import _get_current_function_mode
 
@@ -112,6 +113,11 @@ class Capture:
                     f"{place.path}, which comes before the cut, sets {set_on[0]} on a tensor that it returns, which is "
                     "not stored. Cut at an earlier submodule, or return it."
                 )
+        if next(located(output, np.ndarray), None) is not None:
+            raise CutError(
+                f"{place.path}, which comes before the cut, returns a numpy array, which has no rows to store. Cut at "
+                "an earlier submodule, or return a tensor."
+            )
         if next(hidden_tensors(output), None) is not None:
             raise CutError(
                 f"{place.path}, which comes before the cut, returns an object with tensors inside (a "
@@ -227,9 +233,9 @@ class Resume:
     def _unwatched(self) -> None:
         if self.branches is None or not self._watching:
             return
-        if _get_current_function_mode() is self.branches:  # else the model's own code entered another one since
+        if _get_current_function_mode() is self.branches:  # type: ignore[no-untyped-call]  # else the model's own code entered another one since
             self._watching = False
-            self.branches.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self.branches.__exit__(None, None, None)
 
     def value_of(self, origin: Origin, ghost: Ghost) -> torch.Tensor:
         """The stored value of a module's output."""

@@ -6,9 +6,11 @@ import threading
 import weakref
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import nn
 
 from ..classes import original_class
+from ..errors import CutError
 from .ghosts import Ghost, unwrapped
 from .trees import mapped
 
@@ -72,9 +74,14 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def _call(gate: Any, *args: Any, **kwargs: Any) -> Any:
-    place, _ = gate._modcache_gate
+    place, shadow = gate._modcache_gate
     run = _local.run
     if run is None:  # after the forward: checkpointing runs parts of it again in the backward
+        if place.path in shadow.skipped:
+            raise CutError(
+                f"{place.path}, which comes before the cut, is called after the forward (by checkpointing around it, "
+                "by a function that the model returned). Checkpoint only what comes after the cut."
+            )
         return place.module(*mapped(args, unwrapped, Ghost), **mapped(kwargs, unwrapped, Ghost))
     return run.called(place, args, kwargs)
 
@@ -109,9 +116,10 @@ class Shadow:
     Args:
         model: the model.
         cut: the submodule at which it is cut.
+        written: attributes (of a module, by ``id``) that a forward was seen to set.
     """
 
-    def __init__(self, model: nn.Module, cut: nn.Module) -> None:
+    def __init__(self, model: nn.Module, cut: nn.Module, written: set[tuple[int, str]] | None = None) -> None:
         self._names: dict[int, str] = {}
         for name, module in model.named_modules():
             self._names.setdefault(id(module), name)
@@ -122,6 +130,9 @@ class Shadow:
         self._own: set[int] = set()
         self._copies: list[tuple[nn.Module, nn.Module, dict[str, nn.Module | None], dict[str, Any]]] = []
         self._model = model
+        self.skipped: frozenset[str] = frozenset()
+        """Modules that only run before the cut, and so not at all when resumed."""
+        self.written = set() if written is None else written
         self.root = self._copy(model)
 
     def stand_in(self, module: nn.Module) -> nn.Module:
@@ -193,9 +204,14 @@ class Shadow:
                 continue
             for name, value in mine.items():
                 if name not in _OWN and theirs.get(name, _local) is not value:
-                    theirs[name] = value.value if type(value) is Ghost and value.value is not None else value
+                    self.written.add((id(module), name))
+                    theirs[name] = mapped(value, _bound, Ghost)
             for name in [name for name in theirs if name not in mine and name not in _OWN]:
                 del theirs[name]
+
+
+def _bound(ghost: Ghost) -> Any:
+    return ghost if ghost.value is None else ghost.value
 
 
 _OWN = frozenset({"_modules", "training", "_compiled_call_impl", "_modcache"})
@@ -204,6 +220,8 @@ _OWN = frozenset({"_modules", "training", "_compiled_call_impl", "_modcache"})
 def _keeps_nothing(module: nn.Module) -> bool:
     """Whether no module of it has buffers that are saved: tables that are computed anew are no weights."""
     for child in module.modules():
+        if "_buffers" not in vars(child):
+            return False  # TorchScript
         lasting = set(vars(child)["_buffers"]) - vars(child)["_non_persistent_buffers_set"]
         if any(vars(child)["_buffers"][name] is not None for name in lasting):
             return False
@@ -212,7 +230,7 @@ def _keeps_nothing(module: nn.Module) -> bool:
 
 def eval_twin(module: nn.Module) -> nn.Module:
     """The same module in eval mode, for one that is in training mode elsewhere in the model; it shares all else."""
-    if not any(child.training for child in module.modules()):
+    if isinstance(module, torch.jit.ScriptModule) or not any(child.training for child in module.modules()):
         return module
     made: dict[int, nn.Module] = {}
 

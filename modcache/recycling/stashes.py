@@ -14,7 +14,7 @@ from .runs import Capture
 from .trace import Trace
 from .trees import located
 
-__all__ = ["Stashes"]
+__all__ = ["Stashes", "buffers_of"]
 
 _INNER = frozenset(vars(nn.Module()))
 _NUMBERS = (bool, int, float, str, tuple)
@@ -59,7 +59,7 @@ class Stashes:
                     "them."
                 )
         for name, module in self._model.named_modules():
-            for key, buffer in vars(module)["_buffers"].items():
+            for key, buffer in buffers_of(module).items():
                 if not _inside(name, called) or buffer is None or buffer.is_inference():
                     continue
                 if self._buffers.get(id(buffer)) != buffer._version:
@@ -84,6 +84,12 @@ class Stashes:
                 f"{name}, which comes before the cut, keeps a value of the batch in its attribute {key}; on a resumed "
                 "call it does not run. Cut at an earlier submodule, or return it."
             )
+
+
+def buffers_of(module: nn.Module) -> dict[str, Any]:
+    """The buffers of a module by name; TorchScript keeps its own elsewhere."""
+    found: dict[str, Any] = vars(module).get("_buffers") or {}
+    return found
 
 
 def _ids(value: Any) -> list[int]:

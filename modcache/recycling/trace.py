@@ -44,6 +44,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._everything: Marks = _NONE  # what Python knows, and may put into anything
         self.written: list[Marks] = []
         """The marks of what was there before and was written in place."""
+        self.dtypes: set[torch.dtype] = set()
+        """Of all results: what was computed less precisely inside shows in the rest."""
         self._given: set[int] = set()
         self._functions = _Functions(self)
 
@@ -69,7 +71,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What a tensor was made of."""
         known = self._marks.get(id(tensor))
         if known is not None:
-            return known | self._everything
+            return known
         found = self._everything  # a view that nobody saw being made: it is what its memory is
         for other in self._by_memory.get(_memory(tensor), ()):
             found |= self._marks[other]
@@ -106,6 +108,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._put(tensor, self.marks_of(tensor) | marks)
         for _, tensor in located(result):
             self._put(tensor, self._marks.get(id(tensor), _NONE) | marks)
+            self.dtypes.add(tensor.dtype)
         return result
 
 

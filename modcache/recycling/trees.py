@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import types
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["Step", "hidden_tensors", "located", "mapped", "same_but_tensors"]
+__all__ = ["Step", "fill_inside", "hidden_tensors", "located", "mapped", "same_but_tensors"]
 
 Step = tuple[int | str, ...]
 """Where a tensor lies in a structure: indexes, keys and names of fields."""
@@ -101,8 +102,27 @@ def same_but_tensors(one: Any, other: Any) -> bool:
 
 def _equal(one: Any, other: Any) -> bool:
     if not isinstance(one, bool | int | float | str | bytes | torch.dtype | torch.device):
-        return True  # an object whose inside nobody can compare; its tensors are looked for elsewhere
+        return False  # an object whose inside nobody can compare
     return one == other or (isinstance(one, float) and math.isnan(one) and math.isnan(other))
+
+
+def fill_inside(value: Any, change: Callable[[Any], Any], leaf: type, depth: int = 4) -> None:
+    """Change leaves inside of objects that are no structures, where they lie."""
+    if value is None or isinstance(
+        value, torch.Tensor | torch.nn.Module | type | str | int | float | types.FunctionType
+    ):
+        return
+    parts = _parts(value)
+    inner = getattr(value, "__dict__", None)
+    if parts is not None:
+        for _, part in parts:
+            fill_inside(part, change, leaf, depth)
+    elif isinstance(inner, dict) and depth:
+        for name, part in list(inner.items()):
+            changed = mapped(part, change, leaf)
+            if changed is not part:
+                inner[name] = changed
+            fill_inside(changed, change, leaf, depth - 1)
 
 
 def hidden_tensors(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:

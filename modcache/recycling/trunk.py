@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from torch import nn
@@ -76,10 +77,15 @@ class Parted:
         self.trunk = Trunk(pruned.root, plan)
         self.attached = attached
 
-    def take_over(self) -> None:
-        """Give the copies of the ancestors the attributes that these have now."""
+    def take_over(self, written: AbstractSet[tuple[int, str]]) -> None:
+        """Give the copies of the ancestors the attributes that these have now, but for those that a forward sets."""
         for original, copied in self._pairs:
-            theirs = {name: value for name, value in vars(original).items() if name not in _INNER}
+            number = id(original)
+            theirs = {
+                name: value
+                for name, value in vars(original).items()
+                if name not in _INNER and (number, name) not in written
+            }
             mine = vars(copied)
             for name in [name for name in mine if name not in theirs and name not in _INNER]:
                 del mine[name]
