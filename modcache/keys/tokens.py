@@ -87,9 +87,10 @@ def _right_padded(mask: np.ndarray) -> np.ndarray | None:
     if not mask.shape[1] or not ones[:, 0].all():
         return None
     lengths: np.ndarray = ones.argmin(axis=1)  # where the first one that is missing would be; a quarter of a sum's time
-    lengths[lengths == 0] = mask.shape[1]
-    others = np.count_nonzero(ones) - lengths.sum(), np.count_nonzero(mask) - lengths.sum()
-    return None if any(others) else lengths
+    if not lengths.all():  # none is missing
+        lengths[lengths == 0] = mask.shape[1]
+    right = np.count_nonzero(ones) == np.count_nonzero(mask) == lengths.sum()
+    return lengths if right else None
 
 
 def _is_per_token(column: Column, lengths: np.ndarray, width: int) -> bool:
