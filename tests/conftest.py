@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import random
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +35,7 @@ _POOLS = ("modcache-digest",)
 
 _PATIENCE = 5.0
 _OPEN_FILES = Path("/proc/self/fd")
+_IN_MEMORY = "/dev/shm"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -46,6 +49,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", autouse=True)
 def _fixed_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def swift_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder of the test's own, in memory where the system has such a place: to sync there costs nothing."""
+    if not os.access(_IN_MEMORY, os.W_OK):
+        yield tmp_path
+        return
+    place = Path(tempfile.mkdtemp(prefix="modcache-test-", dir=_IN_MEMORY))
+    yield place
+    shutil.rmtree(place)
 
 
 @pytest.fixture(autouse=True)
