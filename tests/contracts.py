@@ -354,26 +354,7 @@ class StoreContract:
 
 
 class AbilitiesContract(StoreContract):
-    """For stores that also have `contains`, `retire`, `rename` and `lend`."""
-
-    lends = True  # whether all of its rows lie in memory of the host
-
-    @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-    @pytest.mark.filterwarnings("ignore:ComplexHalf")
-    def test_lent_rows_are_those_that_are_got(self, store, layout) -> None:
-        """What is lent has the bytes, the layouts and the positions of what a get gives."""
-        store.put("a", keys(1, 0, 2), rows_of([1, 0, 2], layout))
-        store.put("a", keys(3, 4), rows_of([3, 4], PAIR))
-        for wanted in (keys(0, 2, 0), keys(3, 0, 4, 1), keys(4)):
-            got = answers(store.get("a", wanted))
-            assert store.lend("a", wanted, lent_answers) in ((got,) if self.lends else (got, None))
-
-    def test_nothing_is_lent_unless_all_are_there(self, store) -> None:
-        """A missing row, or an unknown namespace, leaves the rows to a get."""
-        store.put("a", keys(1, 2), rows_of([1, 2]))
-        store.put("a", keys(3), rows_of([3], PAIR))
-        for namespace, wanted in (("a", keys(1, 9)), ("a", keys(3, 9)), ("b", keys(1))):
-            assert store.lend(namespace, wanted, lent_answers) is None
+    """For stores that also have `contains`, `retire` and `rename`."""
 
     def test_contains(self, store) -> None:
         """`contains` tells which rows are there, in any namespace."""
@@ -411,3 +392,26 @@ class AbilitiesContract(StoreContract):
         assert answers(store.get("b", keys(1, 2, 3, 4))) == have
         assert store.namespaces() == ["b"]
         assert store.stats().rows == 4
+
+
+class LendingContract(AbilitiesContract):
+    """For stores that also have `lend`."""
+
+    lends = True  # whether all of its rows lie in memory of the host
+
+    @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+    @pytest.mark.filterwarnings("ignore:ComplexHalf")
+    def test_lent_rows_are_those_that_are_got(self, store, layout) -> None:
+        """What is lent has the bytes, the layouts and the positions of what a get gives."""
+        store.put("a", keys(1, 0, 2), rows_of([1, 0, 2], layout))
+        store.put("a", keys(3, 4), rows_of([3, 4], PAIR))
+        for wanted in (keys(0, 2, 0), keys(3, 0, 4, 1), keys(4)):
+            got = answers(store.get("a", wanted))
+            assert store.lend("a", wanted, lent_answers) in ((got,) if self.lends else (got, None))
+
+    def test_nothing_is_lent_unless_all_are_there(self, store) -> None:
+        """A missing row, or an unknown namespace, leaves the rows to a get."""
+        store.put("a", keys(1, 2), rows_of([1, 2]))
+        store.put("a", keys(3), rows_of([3], PAIR))
+        for namespace, wanted in (("a", keys(1, 9)), ("a", keys(3, 9)), ("b", keys(1))):
+            assert store.lend(namespace, wanted, lent_answers) is None

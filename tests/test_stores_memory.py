@@ -24,7 +24,7 @@ from modcache.stores.account import Account
 from modcache.stores.budget import Budget, cgroup_limit, processes_here, shared_budget, usable_memory
 from modcache.stores.columns import DeviceColumn, HostColumn
 from modcache.stores.shelf import Shelf
-from tests.contracts import PAIR, VECTOR, AbilitiesContract, answers, expected, key, keys, rows_of
+from tests.contracts import PAIR, VECTOR, LendingContract, answers, expected, key, keys, rows_of
 
 ROW = VECTOR.row_bytes  # 12
 ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -35,7 +35,7 @@ def as_device(dtype, shape, most):
     return DeviceColumn(dtype, shape, most, device=torch.device("cpu"))
 
 
-class TestMemoryStore(AbilitiesContract):
+class TestMemoryStore(LendingContract):
     """The contract, with the budget that all default stores share."""
 
     @pytest.fixture
@@ -43,7 +43,7 @@ class TestMemoryStore(AbilitiesContract):
         return MemoryStore()
 
 
-class TestLeastRecentlyUsed(AbilitiesContract):
+class TestLeastRecentlyUsed(LendingContract):
     """The contract, with eviction."""
 
     @pytest.fixture
@@ -51,7 +51,7 @@ class TestLeastRecentlyUsed(AbilitiesContract):
         return MemoryStore(1 << 20, eviction="lru")
 
 
-class TestWithoutReservation(AbilitiesContract):
+class TestWithoutReservation(LendingContract):
     """The contract, where the system reserves no memory."""
 
     @pytest.fixture
@@ -60,7 +60,7 @@ class TestWithoutReservation(AbilitiesContract):
         return MemoryStore(1 << 20)
 
 
-class TestDevice(AbilitiesContract):
+class TestDevice(LendingContract):
     """The contract, with rows kept as on a device."""
 
     lends = False
@@ -73,7 +73,7 @@ class TestDevice(AbilitiesContract):
 
 @pytest.mark.gpu
 @ON_CUDA
-class TestCuda(AbilitiesContract):
+class TestCuda(LendingContract):
     """The contract, with rows on an accelerator."""
 
     lends = False
@@ -90,7 +90,7 @@ class TestCuda(AbilitiesContract):
 
 @pytest.mark.gpu
 @ON_CUDA
-class TestPinned(AbilitiesContract):
+class TestPinned(LendingContract):
     """The contract, with rows in pinned memory of the host."""
 
     lends = False

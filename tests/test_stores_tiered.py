@@ -14,10 +14,10 @@ import torch
 from modcache.errors import UsageTypeError
 from modcache.rows import Rows
 from modcache.stores import Found, MemoryStore, StoreStats, TieredStore
-from tests.contracts import LAYOUTS, PAIR, AbilitiesContract, answers, expected, keys, rows_of
+from tests.contracts import LAYOUTS, PAIR, LendingContract, answers, expected, keys, rows_of
 
 
-class TestTieredStore(AbilitiesContract):
+class TestTieredStore(LendingContract):
     """Two memory stores keep the contract together."""
 
     @pytest.fixture
@@ -27,7 +27,7 @@ class TestTieredStore(AbilitiesContract):
         with_room.close()
 
 
-class TestTinyFront(AbilitiesContract):
+class TestTinyFront(LendingContract):
     """The contract holds, too, when the front drops nearly everything."""
 
     lends = False
@@ -37,7 +37,7 @@ class TestTinyFront(AbilitiesContract):
         return TieredStore(MemoryStore(40, eviction="lru"), MemoryStore(1 << 20))
 
 
-class TestDeviceFront(AbilitiesContract):
+class TestDeviceFront(LendingContract):
     """The contract holds with a front that keeps its rows as a device does."""
 
     lends = False
