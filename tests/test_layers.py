@@ -29,6 +29,8 @@ LAYERS = [
     {"wrap"},
     {"recycling"},
     {"__init__"},
+    {"cli"},
+    {"__main__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -130,4 +132,4 @@ def test_nothing_that_is_stored_can_run(path):
 def test_importing_the_package_imports_no_storage():
     """diskcache and sqlite wait until a directory is used."""
     assert "modcache" in sys.modules
-    assert importers("importlib") <= {"__init__.py", "manifests.py"}
+    assert importers("importlib") <= {"__init__.py", "cli/run.py", "manifests.py"}

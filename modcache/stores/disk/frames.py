@@ -251,7 +251,7 @@ def frames_behind(data: bytes, segment: bytes, offset: int, most_rows: int) -> l
     """The frames that are whole somewhere behind the end of what can be believed, where a log was damaged.
 
     A frame says by itself where its rows lie, so what comes after damage is not lost; but what was damaged may
-    have said something else about the same keys, so no reader believes these.
+    have said something else about the same keys, and the rows may be gone, so no reader believes these.
 
     Args:
         data: the log from that end on.
