@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import keys
+from .advising import Advice, advise
 from .errors import (
     CacheMissError,
     CacheWarning,
@@ -26,6 +27,7 @@ from .stores import DiskStore, MemoryStore, Store, TieredStore
 from .wrap import cache_of, cached_module, is_cached, uncached
 
 __all__ = [
+    "Advice",
     "Cache",
     "CacheMissError",
     "CacheWarning",
@@ -45,6 +47,7 @@ __all__ = [
     "TieredStore",
     "UsageError",
     "UsageTypeError",
+    "advise",
     "cache_of",
     "cached_module",
     "is_cached",

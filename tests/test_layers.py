@@ -28,6 +28,7 @@ LAYERS = [
     {"handle"},
     {"wrap"},
     {"recycling"},
+    {"advising"},
     {"__init__"},
     {"cli"},
     {"__main__"},

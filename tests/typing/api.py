@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from modcache import (
+    Advice,
     Cache,
     CacheMissError,
     CacheWarning,
@@ -29,6 +30,7 @@ from modcache import (
     TieredStore,
     UsageError,
     UsageTypeError,
+    advise,
     cache_of,
     cached_module,
     is_cached,
@@ -114,6 +116,9 @@ handle = cache.add_hook(listen)
 handle.remove()
 
 # Recycling.
+advice: Advice = advise(Encoder(), torch.zeros(2), rows=10, epochs=2, candidates=["inner"], store="cache/")
+where_to_cut: str = advice.best.at if advice.best is not None else advice.reason
+speedups: list[float] = [cut.ratio for cut in advice.cuts]
 recycled: Encoder = recycle(Encoder(), at="inner", extra=True, store=MemoryStore())
 crossing: str = str(cache_of(recycled).cut)
 
