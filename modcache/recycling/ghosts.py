@@ -228,13 +228,14 @@ def _imagined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         metas.append((tensor, meta, meta._version))
         return meta
 
-    inner, options = mapped(args, to_meta), mapped(kwargs, to_meta)
+    with torch.inference_mode(False):
+        inner, options = mapped(args, to_meta), mapped(kwargs, to_meta)
     first = next(ghost for _, ghost in located((args, kwargs), Ghost))
     device = _spec(first).device
     if name in _MOVES or "device" in options:
         inner, options, device = _placed(name, args, inner, options, device)
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             result = func(*inner, **options)
     except Exception as error:
         raise _demanded(sheet, func, args, kwargs, error) from None

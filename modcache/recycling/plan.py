@@ -60,6 +60,7 @@ class Plan:
         direct: parameters and buffers of the ancestors that feed it.
         frozen: all parameters that feed it.
         floor: the tolerance of the least precise arithmetic in it.
+        fires: hooks of modules that are skipped hand values on: they are called with stand-ins.
     """
 
     tag: str
@@ -76,6 +77,7 @@ class Plan:
     direct: tuple[str, ...]
     frozen: tuple[str, ...]
     floor: float
+    fires: bool
 
     @property
     def skipped(self) -> frozenset[str]:

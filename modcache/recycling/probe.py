@@ -31,6 +31,9 @@ __all__ = ["Found", "capture", "probe", "refuse_coupled", "rows_of_capture", "sh
 _ROWS = 4
 """Rows of the first batch that the probe runs on."""
 
+_LOOKED_AT = 64
+"""Rows among which these are looked for."""
+
 
 class Found(NamedTuple):
     """What a capture gave.
@@ -54,7 +57,7 @@ def capture(
     """
     shadow.take_over(training=False)
     try:
-        with torch.no_grad(), running(run), branches:
+        with torch.inference_mode(False), torch.no_grad(), running(run), branches:
             forward(shadow.root, *arguments.args, **arguments.kwargs)
     except Reached:
         pass
@@ -149,9 +152,16 @@ class _Probe:
     ) -> None:
         self.model, self.forward, self.shadow = model, forward, shadow
         self.asked, self.at, self.call, self.extra = asked, at, call, extra
-        self.count = min(asked.batch.size, _ROWS)
+        self.places = _distinct_rows(asked)
+        self.count = len(self.places)
+        if self.count < 2:
+            raise CutError(
+                f"{at}: all rows of the first batch are the same, which tells nothing about rows. Call the model "
+                "with two different rows first, or give recycle(..., batch=...) such a batch."
+            )
         self.branches = Branches()
         self.seeds = itertools.count(1)
+        self.fires = False
         self.floor = 0.0
 
     def taken(self, places: Sequence[int]) -> Arguments:
@@ -160,7 +170,7 @@ class _Probe:
         return self.asked.arguments.taken(self.asked.batch, list(places))
 
     def full(self, arguments: Arguments) -> Any:
-        with torch.no_grad(), running(None), preserved_randomness():
+        with torch.inference_mode(False), torch.no_grad(), running(None), preserved_randomness():
             return self.forward(self.model, *arguments.args, **arguments.kwargs)
 
     def captured(self, arguments: Arguments, trace: Trace | None = None) -> Found:
@@ -172,7 +182,7 @@ class _Probe:
 
     def run(self) -> tuple[Plan, frozenset[Branch]]:
         """The plan, and the ways that were looked at."""
-        batch = self.taken(range(self.count))
+        batch = self.taken(self.places)
         output = self.full(batch)
         try:
             plan = self._parted(batch, output)
@@ -187,7 +197,7 @@ class _Probe:
             ) from error
 
     def _parted(self, batch: Arguments, output: Any) -> Plan:
-        rows = list(range(self.count))
+        rows = self.places
         if any(leaf.is_nested for _, leaf in located(output)):
             raise CutError(f"{self.at}: the model returns a nested tensor. Call uncached(model).")
         self.full(batch)
@@ -200,7 +210,7 @@ class _Probe:
             stashes.note()
         captures = (found, *others)
         self._compare_structures(captures)
-        ghostly = self._ghostly(found)
+        ghostly = self._ghostly(found, batch)
         if not ghostly:
             raise CutError(
                 f"{self.at}: nothing that it is given is computed by a module with parameters before it, so there is "
@@ -259,13 +269,11 @@ class _Probe:
                         "which rows are in the batch. Cut at an earlier submodule."
                     )
 
-    def _ghostly(self, found: Found) -> tuple[Step, ...]:
+    def _ghostly(self, found: Found, batch: Arguments) -> tuple[Step, ...]:
         """The places among the arguments of the cut that only modules before it can fill."""
         run = Resume(self.call, found.capture.templates, frozenset(), frozenset(), None, {})
         with contextlib.suppress(Reached):
-            self._resumed(
-                run, self.asked.arguments if self.count == self.asked.batch.size else self.taken(range(self.count))
-            )
+            self._resumed(run, batch)
         if run.error is not None:
             raise run.error
         return run.ghostly
@@ -273,7 +281,10 @@ class _Probe:
     def _resumed(self, run: Resume, arguments: Arguments) -> Any:
         self.shadow.take_over(training=False)
         run.branches = self.branches
-        with torch.no_grad(), running(run), preserved_randomness(), run.watched():
+        inside = torch.inference_mode(False), torch.no_grad(), running(run), preserved_randomness(), run.watched()
+        with contextlib.ExitStack() as stack:
+            for one in inside:
+                stack.enter_context(one)
             output = self.forward(self.shadow.root, *arguments.args, **arguments.kwargs)
             return mapped(output, unwrapped, Ghost)
 
@@ -291,14 +302,18 @@ class _Probe:
         while True:
             feeding = {(mark.name, mark.number) for mark in marks if mark.kind == "module"}
             live = frozenset(called for called in found.capture.templates if called not in feeding)
-            self.full(self.taken([0] * self.count))  # what was hidden away in the first run is overwritten
+            self.full(self.taken([self.places[0]] * self.count))  # what was hidden away in the first run is overwritten
             known = found.capture.outputs if self.extra else {}
             values = {step: found.values[step].clone() for step in ghostly}
             known = {called: mapped(output, torch.clone) for called, output in known.items()}
             run = Resume(self.call, found.capture.templates, live, frozenset(), values, {}, known)
+            run.fires = self.fires
             again = self._finished(run, batch)
             new = [origin for origin in run.needed if origin not in extras]
             extras.update(dict.fromkeys(new))
+            if not new and not self.fires and self.extra and _difference(output, again, self.floor) is not None:
+                self.fires = True  # hooks of what is skipped may hand values on, as transformers' output_hidden_states
+                continue
             if not new:
                 break
             outputs = [dict(located(found.capture.outputs[o.path, o.number]))[o.place] for o in new]
@@ -365,7 +380,12 @@ class _Probe:
         tied = {id(parameters[name]) for name in frozen}
         frozen |= {name for name, value in parameters.items() if id(value) in tied}
         buffers = {mark.name for mark in marks if mark.kind == "buffer"}
-        direct = tuple(sorted(name for name in fed | buffers if not _lies_in(name, feeding)))
+        inside = {id(value) for name, value in parameters.items() if _lies_in(name, feeding)}
+        first_names = {id(value): name for name, value in reversed(parameters.items())}
+        alone = {
+            name for name in fed if id(parameters[name]) not in inside and first_names[id(parameters[name])] == name
+        }
+        direct = tuple(sorted(alone | {name for name in buffers if not _lies_in(name, feeding)}))
         slopes = {called: self._slopes(called, full, first, rest) for called in stubs}
         facts = tuple(_stored(source, axes[source], _value(found, source)) for source in stored)
         inputs = tuple(sorted({mark.name for mark in marks if mark.kind == "input"}))
@@ -386,6 +406,7 @@ class _Probe:
             direct=direct,
             frozen=tuple(sorted(frozen)),
             floor=self.floor,
+            fires=self.fires,
         )
 
     def _refuse_coupled(self, found: Found, shared: list[Any]) -> None:
@@ -446,6 +467,31 @@ def _inside(value: Any, path: str) -> Any:
         if path.startswith((f"{step}.", f"{step}[")):
             return _inside(item, path[len(step) :])
     return value
+
+
+def _distinct_rows(asked: Asked) -> list[int]:
+    """The first few rows that all differ."""
+    found: list[int] = []
+    for place in range(min(asked.batch.size, _LOOKED_AT)):
+        if not any(_same_row(asked, place, other) for other in found):
+            found.append(place)
+        if len(found) == _ROWS:
+            break
+    return found
+
+
+def _same_row(asked: Asked, place: int, other: int) -> bool:
+    for column in asked.batch.columns:
+        if column.single:
+            continue
+        one, two = column.value[place], column.value[other]
+        if isinstance(one, torch.Tensor | np.ndarray):
+            one, two = torch.as_tensor(one), torch.as_tensor(two)
+            if one.shape != two.shape or not torch.equal(one, two):
+                return False
+        elif one is not two and one != two:
+            return False
+    return True
 
 
 def _difference(one: Any, other: Any, floor: float) -> str | None:

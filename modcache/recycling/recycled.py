@@ -207,8 +207,11 @@ class Recycled:
     def plan_of(self, model: nn.Module, cls: type[nn.Module], asked: Asked) -> Plan | None:
         """How calls of this kind are parted; probed now if that is not known, ``None`` if it cannot be."""
         plan = self.plans.get(asked.kind)
-        if plan is not None and asked.kind in self.parted:
-            return plan
+        if plan is not None and (parted := self.parted.get(asked.kind)) is not None:
+            if parted.is_current():
+                return plan
+            self._forget_plans()  # a module of the trunk was exchanged
+            plan = None
         with self._lock:
             if plan is None and (plan := self.plans.get(asked.kind)) is None:
                 if asked.batch.size < 2 and self.plans and not torch.is_grad_enabled():
@@ -217,6 +220,13 @@ class Recycled:
             if asked.kind not in self.parted:
                 self.part(model, asked.kind, plan)
         return plan
+
+    def _forget_plans(self) -> None:
+        with self._lock:
+            self.plans.clear()
+            self.parted.clear()
+            self._shapes.clear()
+            self._ways.clear()
 
     def _probed(self, model: nn.Module, cls: type[nn.Module], asked: Asked) -> Plan:
         self._local.plain = True
@@ -378,7 +388,7 @@ class Recycled:
         shadow.skipped = plan.skipped
         arguments = asked.arguments
         try:
-            run.branches = ways
+            run.branches, run.fires = ways, plan.fires
             with running(run), run.watched():
                 output = cls.forward(shadow.root, *arguments.args, **arguments.kwargs)
                 output = mapped(output, unwrapped, Ghost)

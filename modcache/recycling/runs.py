@@ -175,6 +175,7 @@ class Resume:
         self.after: set[str] = set()
         self.branches: Branches | None = None
         self._watching = False
+        self.fires = False
 
     def called(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module behind a gate, or hand out ghosts in its stead."""
@@ -191,7 +192,8 @@ class Resume:
             return place.module(*mapped(args, unwrapped, Ghost), **mapped(kwargs, unwrapped, Ghost))
         template = self._templates.get(called)
         if template is not None and called not in self._live:
-            return template.ghosts(self, called)
+            ghosts = template.ghosts(self, called)
+            return self._hooked(place.module, args, kwargs, ghosts) if self.fires else ghosts
         if place.bare:
             module = eval_twin(place.module) if path in self._twins else place.module
             return module(*args, **kwargs)
@@ -204,6 +206,15 @@ class Resume:
                 "submodule, or make the way the same."
             )
         )
+
+    def _hooked(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        """What the hooks of a module make of an output that is not computed."""
+        for number, hook in module._forward_hooks.items():
+            with_kwargs = number in module._forward_hooks_with_kwargs
+            given = (module, args, kwargs, output) if with_kwargs else (module, args, output)
+            result = hook(*given)
+            output = output if result is None else result
+        return output
 
     def _bind(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ghosts = [(step, ghost) for step, ghost in located((args, kwargs)) if type(ghost) is Ghost]

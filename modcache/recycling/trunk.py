@@ -74,8 +74,13 @@ class Parted:
     def __init__(self, model: nn.Module, plan: Plan, attached: TrunkAttached) -> None:
         pruned = _Pruned(model, plan)
         self._pairs = pruned.pairs
+        self._children = pruned.children
         self.trunk = Trunk(pruned.root, plan)
         self.attached = attached
+
+    def is_current(self) -> bool:
+        """Whether the modules of the trunk are the same as when it was parted."""
+        return all(vars(original)["_modules"].get(name) is child for original, name, child in self._children)
 
     def take_over(self, written: AbstractSet[tuple[int, str]]) -> None:
         """Give the copies of the ancestors the attributes that these have now, but for those that a forward sets."""
@@ -110,6 +115,7 @@ class _Pruned:
             steps = name.split(".")
             self._wanted |= {".".join(steps[:count]) for count in range(len(steps) + 1)}
         self.pairs: list[tuple[nn.Module, nn.Module]] = []
+        self.children: list[tuple[nn.Module, str, nn.Module]] = []
         self.root = self._copy(model, "")
 
     def _copy(self, module: nn.Module, path: str) -> nn.Module:
@@ -132,6 +138,8 @@ class _Pruned:
             if child is None:
                 continue
             known = self._names[id(child)]
+            if known in self._trunk or inner in self._wanted:
+                self.children.append((module, name, child))
             if known in self._trunk:
                 mine["_modules"][name] = self._twin(child) if known in self._twins else child
             elif inner == known and inner in self._wanted:
@@ -145,9 +153,11 @@ class _Pruned:
         object.__setattr__(other, "__dict__", dict(vars(module)))
         mine = vars(other)
         mine["training"] = False
-        mine["_modules"] = {
-            name: None if child is None else self._twin(child) for name, child in vars(module)["_modules"].items()
-        }
+        mine["_modules"] = {}
+        for name, child in vars(module)["_modules"].items():
+            mine["_modules"][name] = None if child is None else self._twin(child)
+            if child is not None:
+                self.children.append((module, name, child))
         self.pairs.append((module, other))
         return other
 
