@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from . import room
-from .names import ADMISSION, WRITERS_FOLDER, Directory, locked
+from .names import ADMISSION, WRITERS_FOLDER, Directory, folder_of, locked
 
 if TYPE_CHECKING:
     from .catalogue import Catalogue
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Admission"]
 
 _PATIENCE: Final = 2.0  # seconds that we wait for others who make room; who holds the lock counts files, no more
+_STUBBORN: Final = 5.0  # seconds
 _CAP_BYTES: Final = 20
 
 
@@ -32,7 +33,7 @@ class Admission:
         max_bytes: the bound of all its files, or None.
         keep_free: the bytes of the file system that stay free, or None for the usual floor.
         catalogue: knows when namespaces were used.
-        dropped: is told the folder of a namespace that was dropped to make room.
+        dropping: is told the folder of a namespace that is about to be dropped to make room.
     """
 
     def __init__(
@@ -41,13 +42,14 @@ class Admission:
         max_bytes: int | None,
         keep_free: int | None,
         catalogue: Catalogue,
-        dropped: Callable[[str], None],
+        dropping: Callable[[str], None],
     ) -> None:
         self._directory = directory
         self._max_bytes = max_bytes
         self._keep_free = keep_free
         self._catalogue = catalogue
-        self._dropped = dropped
+        self._dropping = dropping
+        self._refused = 0, 0.0  # bytes, and until when no more than that is asked for
         self._written = self._cap = 0  # bytes of this writer: in its files, and how far they may grow
 
     def refusal(self, size: int, writer: str, sign: int, spared: frozenset[str]) -> str | None:
@@ -68,7 +70,9 @@ class Admission:
             return f"only {usage.free} bytes are free in its file system, and {floor} shall stay free (keep_free)"
         if self._max_bytes is None:
             return None
-        if self._written + size > self._cap and not self._ask(size, writer, sign, spared):
+        if self._written + size > self._cap and (self._lately(size) or not self._ask(size, writer, sign, spared)):
+            if not self._lately(size):
+                self._refused = size, time.monotonic() + _STUBBORN
             return f"it holds its max_bytes={self._max_bytes}, and everything in it was used within the hour"
         self._written += size
         return None
@@ -79,9 +83,19 @@ class Admission:
             self._cap = self._written
             self._tell(sign)
 
+    def ask_again(self) -> None:
+        """There may be room where there was none."""
+        self._refused = 0, 0.0
+
     def forget(self) -> None:
         """Begins anew, for another writer."""
         self._written = self._cap = 0
+        self.ask_again()
+
+    def _lately(self, size: int) -> bool:
+        """Whether so much was refused a moment ago: not every batch needs a census."""
+        least, until = self._refused
+        return size >= least and time.monotonic() < until
 
     def _ask(self, size: int, writer: str, sign: int, spared: frozenset[str]) -> bool:
         assert self._max_bytes is not None
@@ -112,8 +126,6 @@ class Admission:
         return room.take_census(self._directory), caps
 
     def _make_room(self, census: room.Census, needed: int, spared: frozenset[str]) -> bool:
-        from .names import folder_of
-
         known = {folder_of(name): (name, entry) for name, entry in self._catalogue.entries().items()}
         usages = [
             room.Usage(folder, usage.bytes, max(usage.last_used, known[folder][1].last_used))
@@ -123,13 +135,13 @@ class Admission:
         ]
         folders = room.to_drop(usages, needed, time.time(), spared)
         for folder in folders:
+            self._dropping(folder)
             for segment in self._directory.segments(folder):
                 with contextlib.suppress(OSError):
                     self._directory.remove_segment(folder, segment)
             self._directory.remove_folder(folder)
             if folder in known:
                 self._catalogue.forget(known[folder][0])
-            self._dropped(folder)
         return bool(folders)
 
     def _cap_of(self, writer: str) -> int:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from ..index import KEY_BYTES
 from .frames import (
     DROPPED,
+    MOST_KEYS,
     ROWS,
     ROWS_HEAD_BYTES,
     SUM_BYTES,
@@ -28,7 +30,12 @@ from .records import sums_of
 if TYPE_CHECKING:
     from .segment import Segment
 
-__all__ = ["SegmentWriter"]
+__all__ = ["GoneError", "SegmentWriter"]
+
+
+class GoneError(OSError):
+    """Somebody removed or cut the files of a segment that was being written; nothing can be added to it."""
+
 
 _PART: Final = 1 << 19  # bytes that are written at once
 
@@ -79,8 +86,11 @@ class SegmentWriter:
                     sums.append(sums_of(part))
                 offset = _write(rows, memoryview(part.reshape(-1).data), offset)
         joined = b"".join(sums)
-        self._commit(log, Frame(ROWS, stamp, self.rows, keys, joined))
-        self.rows += len(joined) // SUM_BYTES
+        for start in range(0, len(joined) // SUM_BYTES, MOST_KEYS):
+            some_keys = keys[start * KEY_BYTES : (start + MOST_KEYS) * KEY_BYTES]
+            some_sums = joined[start * SUM_BYTES : (start + MOST_KEYS) * SUM_BYTES]
+            self._commit(log, Frame(ROWS, stamp, self.rows, some_keys, some_sums))
+            self.rows += len(some_sums) // SUM_BYTES
         return joined
 
     def drop(self, keys: bytes, stamp: int) -> None:
@@ -89,7 +99,10 @@ class SegmentWriter:
         Raises:
             OSError: that is not written down.
         """
-        self._commit(self._open()[1], Frame(DROPPED, stamp, self.rows, keys))
+        log = self._open()[1]
+        for start in range(0, len(keys), MOST_KEYS * KEY_BYTES):
+            some_keys = keys[start : start + MOST_KEYS * KEY_BYTES]
+            self._commit(log, Frame(DROPPED, stamp, self.rows, some_keys))
 
     def sync(self) -> None:
         """Waits until all that was committed would survive a power cut.
@@ -125,13 +138,9 @@ class SegmentWriter:
         """The descriptors of the files, which are made or opened if need be."""
         if self._files is None:
             self._files = self._make() if not self._log_end else self._again()
-        for file in self._files:
-            if not os.fstat(file).st_nlink:
-                raise FileNotFoundError(
-                    errno.ENOENT, "somebody removed a segment that was being written", self._name.log
-                )
-        if os.fstat(self._files[0]).st_size < ROWS_HEAD_BYTES + self.rows * self._row_bytes:
-            raise OSError(errno.EIO, "somebody cut a segment that was being written", self._name.rows)
+        sizes = [found.st_size for file in self._files if (found := os.fstat(file)).st_nlink]
+        if len(sizes) < 2 or sizes[0] < ROWS_HEAD_BYTES + self.rows * self._row_bytes or sizes[1] < self._log_end:
+            raise GoneError(errno.ENOENT, "somebody removed or cut a segment that was being written", self._name.log)
         return self._files
 
     def _make(self) -> tuple[int, int]:
@@ -155,9 +164,15 @@ class SegmentWriter:
         return rows, log
 
     def _again(self) -> tuple[int, int]:
-        rows = self._directory.open_segment(self._folder, self._name.rows, os.O_RDWR)
+        try:
+            rows = self._directory.open_segment(self._folder, self._name.rows, os.O_RDWR)
+        except FileNotFoundError as error:
+            raise GoneError(*error.args) from None
         try:
             return rows, self._directory.open_segment(self._folder, self._name.log, os.O_RDWR)
+        except FileNotFoundError as error:
+            os.close(rows)
+            raise GoneError(*error.args) from None
         except BaseException:
             os.close(rows)
             raise

@@ -23,6 +23,7 @@ __all__ = [
     "FORMAT",
     "LOG_MAGIC",
     "LOG_START_BYTES",
+    "MOST_KEYS",
     "ROWS",
     "ROWS_HEAD_BYTES",
     "ROWS_MAGIC",
@@ -63,10 +64,13 @@ DROPPED: Final = 2
 _FRAME_MAGIC: Final = 0x4D46434D  # "MCFM"
 _FRAME: Final = struct.Struct("<IIIIQQ")  # magic, kind, count, zero, stamp, first row; keys, sums, checksum follow
 _SUM: Final = struct.Struct("<Q")
+MOST_KEYS: Final = 1 << 20
+"""Keys in one frame, so that a reader never needs more than 24 MiB at a time."""
 _PER_KEY: Final = {ROWS: KEY_BYTES + SUM_BYTES, DROPPED: KEY_BYTES}
 
 _MOST_JSON: Final = 1 << 24
 _MOST_ROW: Final = 1 << 48
+_MOST_DIMENSIONS: Final = 63  # an array has 64, one of which counts the rows
 _MOST_STAMP: Final = 1 << 63
 
 _DTYPES: Final[dict[str, torch.dtype]] = {
@@ -232,7 +236,7 @@ def parse_frames(data: bytes, segment: bytes, offset: int, rows: int, most_rows:
     view, frames, place = memoryview(data), [], 0
     while place + _FRAME.size + _SUM.size <= len(view):
         magic, kind, count, zero, stamp, first = _FRAME.unpack_from(view, place)
-        if magic != _FRAME_MAGIC or zero or kind not in _PER_KEY or not count or stamp >= _MOST_STAMP:
+        if magic != _FRAME_MAGIC or zero or kind not in _PER_KEY or not 0 < count <= MOST_KEYS or stamp >= _MOST_STAMP:
             break
         keys_end = place + _FRAME.size + count * KEY_BYTES
         body_end = place + _FRAME.size + count * _PER_KEY[kind]
@@ -291,7 +295,7 @@ def _text(value: object) -> str:
 
 def _leaf(value: Any) -> tuple[torch.dtype, tuple[int, ...]]:
     name, sizes = value
-    if not all(type(size) is int and 0 <= size < _MOST_ROW for size in sizes):
+    if len(sizes) > _MOST_DIMENSIONS or not all(type(size) is int and 0 <= size < _MOST_ROW for size in sizes):
         raise ValueError(f"{sizes!r} is no shape")
     dtype, shape = _DTYPES[name], tuple(sizes)
     if math.prod(shape) * dtype.itemsize >= _MOST_ROW:

@@ -253,8 +253,9 @@ class Directory:
             file = self.open((WRITERS_FOLDER,), writer, os.O_RDWR | os.O_CREAT)
             with contextlib.suppress(OSError):  # a file system without locks; then it counts as alive for good
                 _lock(file)
-            if os.fstat(file).st_nlink:  # else somebody took it for dead before it was locked
-                return file
+            with contextlib.suppress(OSError):
+                if os.fstat(file).st_nlink:  # else somebody took it for dead before it was locked
+                    return file
             os.close(file)
 
     def sign_out(self, writer: str, file: int) -> None:
@@ -351,7 +352,10 @@ def _try_lock(file: int, *, shared: bool) -> bool:
 
 
 def _regular(file: int, name: str) -> int:
-    if not stat.S_ISREG(os.fstat(file).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", name)
+    except BaseException:
         os.close(file)
-        raise OSError(errno.EINVAL, "not a regular file", name)
+        raise
     return file

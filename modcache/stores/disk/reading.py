@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
 from ...rows import Layout
 from ..index import KEY_BYTES, KeyIndex, Places, cut_keys
 from ..protocol import Found
+from .descriptors import Descriptors
 from .frames import DROPPED, ROWS, SEGMENT_ID_BYTES, DamageError, Frame
 from .group import ROW_BITS, Group, LostError, Taken
 from .names import Directory, SegmentName, folder_of
 from .segment import Segment, check_rows, read_header
 
-if TYPE_CHECKING:
-    from .descriptors import Descriptors
-
-__all__ = ["Reading"]
+__all__ = ["Reading", "count_rows"]
 
 _NO_ROWS: Final = Layout("null", ())
 _NEWEST: Final = 1 << 16  # keys that are quick to note; more of them are moved at a time, which may take 20 ms
@@ -131,6 +129,11 @@ class Reading:
         segment.commit(first, count, stamp)
         while segment.waiting and segment.waiting[0][0] < segment.committed:
             segment.waiting.pop(0)
+
+    def left_of(self, segment: Segment, first: int, joined: bytes) -> Places:
+        """Which of some rows that wait for a segment still count, by their place among them."""
+        places = np.arange(first, first + len(joined) // KEY_BYTES) | (segment.number << ROW_BITS)
+        return np.flatnonzero(self._index.find_joined(joined) == places)
 
     def give_up(self, segment: Segment) -> int:
         """The rows that waited for this segment will not be written, nor any others; how many there were."""
@@ -374,3 +377,22 @@ class Reading:
         group.drop(segment, self._descriptors)
         if not group.segments:
             del self._groups[segment.layout]
+
+
+def count_rows(directory: Directory, folder: str) -> tuple[str, int] | None:
+    """The namespace in a folder and its number of rows; None where no log tells its name."""
+    names = (_namespace_in(directory, folder, segment) for segment in directory.segments(folder))
+    namespace = next((name for name in names if name is not None), None)
+    if namespace is None:
+        return None
+    reading = Reading(directory, namespace, Descriptors(), mapped=False)
+    reading.refresh()
+    return namespace, len(reading)
+
+
+def _namespace_in(directory: Directory, folder: str, segment: SegmentName) -> str | None:
+    try:
+        read = read_header(directory, folder, segment)
+    except (OSError, DamageError):
+        return None
+    return None if read is None else read[0].namespace

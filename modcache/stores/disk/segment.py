@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from ..index import Places
+from ..index import KEY_BYTES, Places
 from .frames import (
     LOG_START_BYTES,
+    MOST_KEYS,
+    ROWS,
     ROWS_HEAD_BYTES,
+    SUM_BYTES,
     DamageError,
     Frame,
     SegmentHeader,
@@ -30,6 +33,7 @@ __all__ = ["NEVER", "Segment", "check_rows", "read_all", "read_header", "read_in
 
 _MOST_BYTES: Final = 1 << 30  # of rows in one segment
 _MOST_ROWS: Final = 1 << 24  # keys and checksums of so many take 400 MB of a log
+_PIECE: Final = 2 * MOST_KEYS * (KEY_BYTES + SUM_BYTES)  # of a log that is read at once
 NEVER: Final = np.iinfo(np.int64).max
 """The stamp of rows that are not committed yet: nothing that was committed is later."""
 
@@ -98,9 +102,15 @@ class Segment:
         with directory.opened_segment(self.folder, self.name.rows) as file:
             size = os.fstat(file).st_size
         most_rows = (size - ROWS_HEAD_BYTES) // self.row_bytes if self.row_bytes else 1 << 62
+        frames: list[Frame] = []
         with directory.opened_segment(self.folder, self.name.log) as file:
-            data = read_all(file, self._log_end, os.fstat(file).st_size - self._log_end)
-        frames, self._log_end = parse_frames(data, self.segment, self._log_end, self.committed, most_rows)
+            rows, believed = self.committed, 1
+            while believed:  # a piece is longer than any frame, so the last one holds none
+                data = read_all(file, self._log_end, _PIECE)
+                more, self._log_end = parse_frames(data, self.segment, self._log_end, rows, most_rows)
+                rows += sum(frame.count for frame in more if frame.kind == ROWS)
+                believed = len(more) if len(data) == _PIECE else 0
+                frames += more
         self._seen = seen
         return frames
 

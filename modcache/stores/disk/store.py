@@ -22,12 +22,10 @@ from ..incoming import check_batch, last_of_each
 from ..protocol import Found, StoreStats
 from . import room
 from .descriptors import Descriptors
-from .frames import DamageError
 from .manifest import read_manifest
-from .names import Directory, SegmentName, folder_of
-from .reading import Reading
+from .names import Directory, folder_of
+from .reading import Reading, count_rows
 from .records import matrix_of
-from .segment import read_header
 from .writing import Drop, Facts, Put, Use, Writing, abandon_all, close_all, merged
 
 if TYPE_CHECKING:
@@ -352,10 +350,13 @@ class DiskStore:
 
     def _is_writable(self) -> bool:
         if self._writable is None:
-            place = self.directory
-            while not place.exists() and place != place.parent:
-                place = place.parent
-            self._writable = os.access(place, os.W_OK | os.X_OK)
+            try:
+                place = self.directory
+                while not place.exists() and place != place.parent:
+                    place = place.parent
+                self._writable = os.access(place, os.W_OK | os.X_OK)
+            except OSError:  # then writing will tell
+                return True
         return self._writable
 
     def _may_write(self) -> bool:
@@ -400,14 +401,11 @@ class DiskStore:
         known = self._counts.get(folder)
         if known is not None and known.looks == looks:
             return known
-        namespace = _namespace_of(self._directory, folder)
-        if namespace is None:
+        counted = count_rows(self._directory, folder)
+        if counted is None:
             return None
-        reading = Reading(self._directory, namespace, self._descriptors, mapped=False)
-        reading.refresh()
-        counted = self._counts[folder] = _Count(looks, namespace, len(reading))
-        reading.close()
-        return counted
+        count = self._counts[folder] = _Count(looks, *counted)
+        return count
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,23 +415,6 @@ class _Count:
     looks: tuple[object, ...]
     namespace: str
     rows: int
-
-
-def _namespace_of(directory: Directory, folder: str) -> str | None:
-    """The name of the namespace in a folder, which any of its logs tells."""
-    for segment in directory.segments(folder):
-        name = _namespace_in(directory, folder, segment)
-        if name is not None:
-            return name
-    return None
-
-
-def _namespace_in(directory: Directory, folder: str, segment: SegmentName) -> str | None:
-    try:
-        read = read_header(directory, folder, segment)
-    except (OSError, DamageError):
-        return None
-    return None if read is None else read[0].namespace
 
 
 def _queue_bytes() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import multiprocessing.util
 import os
@@ -17,16 +18,18 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from ..index import KEY_BYTES, Places, cut_keys
 from .admission import Admission
-from .appending import SegmentWriter
+from .appending import GoneError, SegmentWriter
 from .catalogue import Catalogue, Entry
+from .forks import undisturbed
 from .frames import SegmentHeader
 from .manifest import read_manifest, write_manifest
 from .names import CATALOGUE, ROWS_FOLDER, Directory, SegmentName, new_writer
+from .reading import Reading, count_rows
 from .records import Buffers
 
 if TYPE_CHECKING:
-    from .reading import Reading
     from .segment import Segment
 
 __all__ = ["Drop", "Facts", "Put", "Use", "Writing", "abandon_all", "close_all", "merged"]
@@ -137,6 +140,7 @@ class Writing:
         self._state = threading.Condition(threading.RLock())
         self._tasks: deque[Task] = deque()
         self._queued = 0
+        self._alone = 0  # tasks that are done one by one
         self._thread: threading.Thread | None = None
         self._stopping = False
 
@@ -155,6 +159,7 @@ class Writing:
     def try_again(self) -> None:
         """What kept rows from being written may be over."""
         self._paused_until = 0.0
+        self._admission.ask_again()
 
     def retire(self, folder: str) -> None:
         """This process does not need a namespace any more."""
@@ -251,6 +256,9 @@ class Writing:
                         self._admission.release(self._sign)
             taken, size = [self._tasks.popleft()], 0
             first = taken[0]
+            if self._alone:
+                self._alone -= 1
+                return taken
             while isinstance(first, Put) and self._tasks and size < _JOINED:
                 after = self._tasks[0]
                 if not isinstance(after, Put) or after.segment is not first.segment:
@@ -264,9 +272,7 @@ class Writing:
             case Put():
                 self._write([task for task in tasks if isinstance(task, Put)])
             case Drop() as drop:
-                if not drop.segment.closed:
-                    self._ready()
-                    self._writer_of(drop.reading, drop.segment).drop(drop.keys, drop.stamp)
+                self._drop(drop)
             case Facts() as task:
                 self._describe(task)
             case Use() as use:
@@ -276,6 +282,18 @@ class Writing:
                     self._sync()
                 finally:
                     sync.done.set()
+
+    def _drop(self, drop: Drop) -> None:
+        if not drop.segment.closed:
+            self._ready()
+            # Where somebody removed the segment, other segments may have rows of these keys all the same.
+            try:
+                self._writer_of(drop.reading, drop.segment).drop(drop.keys, drop.stamp)
+            except GoneError:
+                with self._lock:
+                    drop.reading.give_up(drop.segment)
+                    other = drop.reading.open_segment(None, 0, self.next_name)
+                    self.push(Drop(drop.reading, other, drop.keys, drop.stamp))
 
     def _write(self, puts: list[Put]) -> None:
         segment, reading = puts[0].segment, puts[0].reading
@@ -290,12 +308,17 @@ class Writing:
                 reading.give_up(segment)
             return
         size = sum(put.matrix.nbytes for put in puts) + count * _KEY_AND_SUM + _FRAME_BYTES + writer.head_bytes
-        reason = self._admission.refusal(size, self._name, self._sign, self._spared(reading))
+        with undisturbed:
+            reason = self._admission.refusal(size, self._name, self._sign, self._spared(reading))
         if reason is not None:
-            self._abort("no room", reason, puts)
+            self._refuse(reading, segment, puts, reason)
             return
         first, stamp = puts[0].first, puts[-1].stamp
-        sums = writer.append([(put.matrix, put.sums) for put in puts], b"".join([put.keys for put in puts]), stamp)
+        try:
+            sums = writer.append([(put.matrix, put.sums) for put in puts], b"".join([put.keys for put in puts]), stamp)
+        except GoneError:
+            self._move(reading, segment, puts)
+            return
         with self._lock:
             if not segment.closed:
                 reading.committed(segment, first, stamp, sums)
@@ -304,6 +327,63 @@ class Writing:
                 return
         # The namespace was deleted meanwhile; its files were unlinked, these perhaps were not there yet.
         self._directory.remove_segment(segment.folder, segment.name)
+
+    def _refuse(self, reading: Reading, segment: Segment, puts: list[Put], reason: str) -> None:
+        """There is no room for these rows; smaller ones may still find some."""
+        with self._lock, self._state:
+            if len(puts) > 1:
+                self._requeue(puts)
+                self._alone = len(puts)
+                return
+            size = _size_of(puts[0])
+            smaller = [put for put in self._unqueue(segment) if _size_of(put) < size]
+            left = [(put, reading.left_of(segment, put.first, put.keys)) for put in smaller]
+            self.refused += reading.give_up(segment) - sum(len(places) for _, places in left)
+            self._requeue(self._placed_anew(reading, segment, left))
+            text = f"no more rows are written to the cache directory {str(self._directory.path)!r}: {reason}"
+            self.troubles.append(("no room", text))
+
+    def _move(self, reading: Reading, segment: Segment, puts: list[Put]) -> None:
+        """Somebody dropped the segment: what waits for it goes into another one."""
+        if not self._directory.path.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the directory has vanished")
+        with self._lock, self._state:
+            waiting = [*puts, *self._unqueue(segment)]
+            left = [(put, reading.left_of(segment, put.first, put.keys)) for put in waiting]
+            reading.give_up(segment)
+            self._requeue(self._placed_anew(reading, segment, left))
+            self._sign_again()
+
+    def _unqueue(self, segment: Segment) -> list[Put]:
+        """Takes all rows out of the queue that wait for a segment."""
+        waiting = [task for task in self._tasks if isinstance(task, Put) and task.segment is segment]
+        self._tasks = deque([task for task in self._tasks if not (isinstance(task, Put) and task.segment is segment)])
+        self._queued -= sum(map(_size_of, waiting))
+        return waiting
+
+    def _requeue(self, puts: list[Put]) -> None:
+        """Puts rows in front of all others."""
+        self._tasks.extendleft(reversed(puts))
+        self._queued += sum(map(_size_of, puts))
+
+    def _placed_anew(self, reading: Reading, segment: Segment, left: list[tuple[Put, Places]]) -> list[Put]:
+        """The same rows, as far as they still count, on their way to another segment."""
+        moved = []
+        for put, places in left:
+            if len(places):
+                whole = len(places) == len(put.matrix)
+                matrix, sums = (put.matrix, put.sums) if whole else (put.matrix[places], b"")
+                joined = np.frombuffer(put.keys, np.uint8).reshape(-1, KEY_BYTES)[places].tobytes()
+                other = reading.open_segment(segment.layout, len(places), self.next_name)
+                first = reading.expect(other, cut_keys(joined), matrix)
+                moved.append(Put(reading, other, first, joined, matrix, sums, put.stamp, put.buffer))
+        return moved
+
+    def _sign_again(self) -> None:
+        """The file by which others see that this process writes may be gone, too."""
+        if self._sign is not None and not os.fstat(self._sign).st_nlink:
+            os.close(self._sign)
+            self._sign = None
 
     def _ready(self) -> None:
         """Makes the directory, and shows that this process writes."""
@@ -333,13 +413,15 @@ class Writing:
         reading = use.reading
         self._uses[reading.folder] = use.at
         if self._directory.place_of(reading.folder).is_dir() and os.access(self._directory.path, os.W_OK):
-            self._catalogue.note(reading.namespace, Entry(use.at, len(reading), reading.row_bytes))
+            with undisturbed:
+                self._catalogue.note(reading.namespace, Entry(use.at, len(reading), reading.row_bytes))
 
     def _spared(self, reading: Reading) -> frozenset[str]:
         return frozenset({reading.folder, *self._uses})
 
     def _note_dropped(self, folder: str) -> None:
-        self.evicted += 1
+        counted = count_rows(self._directory, folder)
+        self.evicted += 0 if counted is None else counted[1]
 
     def _sync(self) -> None:
         folders = set()
