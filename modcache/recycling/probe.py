@@ -308,7 +308,13 @@ class _Probe:
             known = {called: mapped(output, torch.clone) for called, output in known.items()}
             run = Resume(self.call, found.capture.templates, live, frozenset(), values, {}, known)
             run.fires = self.fires
-            again = self._finished(run, batch)
+            try:
+                again = self._finished(run, batch)
+            except Exception:
+                if self.fires or not self.extra:
+                    raise
+                self.fires = True
+                continue
             new = [origin for origin in run.needed if origin not in extras]
             extras.update(dict.fromkeys(new))
             if not new and not self.fires and self.extra and _difference(output, again, self.floor) is not None:

@@ -344,7 +344,7 @@ class Recycled:
         parted.take_over(self.written)
         with capturing(run):
             stored = parted.attached.forward(parted.trunk, type(parted.trunk), (), self._inputs(plan, asked, keys))
-            sizes = (*sizes, parted.attached.identity.check(parted.trunk, False).state)
+            sizes = (*sizes, parted.attached.state)
             shapes = self._shapes.get(sizes)
             if made and (shapes is None or plan.shared):
                 shapes = made[0]

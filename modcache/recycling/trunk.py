@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
@@ -13,7 +14,7 @@ from ..arguments import Arguments
 from ..attached import Attached, Requested
 from ..classes import original_class
 from ..errors import CutError
-from ..fingerprint import Standing
+from ..fingerprint import UNDETERMINED, Standing
 from ..manifests import TokenDims
 from ..memo import Bypass, Memo
 from ..recipe import Form
@@ -86,18 +87,18 @@ class Parted:
         """Give the copies of the ancestors the attributes that these have now, but for those that a forward sets."""
         for original, copied in self._pairs:
             number = id(original)
-            theirs = {
-                name: value
-                for name, value in vars(original).items()
-                if name not in _INNER and (number, name) not in written
-            }
+            theirs = vars(original).copy()
+            for name in [name for name in theirs if name in _INNER or (number, name) in written]:
+                del theirs[name]
             mine = vars(copied)
-            for name in [name for name in mine if name not in theirs and name not in _INNER]:
-                del mine[name]
             mine.update(theirs)
+            if len(mine) > len(theirs) + len(_BARE):
+                for name in mine.keys() - theirs.keys() - _INNER:
+                    del mine[name]
 
 
-_INNER = frozenset(vars(nn.Module())) | {"_modcache", "forward"}
+_BARE = frozenset(vars(nn.Module()))
+_INNER = _BARE | {"_modcache", "forward"}
 
 
 class _Pruned:
@@ -173,6 +174,13 @@ class ProbedMemo(Memo):
         return known
 
 
+class _Seen(threading.local):
+    state = UNDETERMINED
+
+
+_unknown = itertools.count(UNDETERMINED - 1, -1)  # what is known of a trunk that cannot be named is known once
+
+
 class TrunkAttached(Attached):
     """What hangs on a trunk.
 
@@ -184,6 +192,12 @@ class TrunkAttached(Attached):
     def __init__(self, requested: Requested, memo: Memo) -> None:
         super().__init__(memo.name, requested, store=memo.store)
         self.memo = memo
+        self._seen = _Seen()
+
+    @property
+    def state(self) -> int:
+        """The number of what the trunk was in the latest call of this thread."""
+        return self._seen.state
 
     def refuse(self, module: nn.Module, grad: bool) -> Standing:
         """How the trunk stands.
@@ -192,6 +206,12 @@ class TrunkAttached(Attached):
             Bypass: a call of it would be run as if uncached.
             CutError: something in it is trained, which it would not be.
         """
+        standing = self._refused(module, grad)
+        self._seen.state = standing.state
+        return standing
+
+    def _refused(self, module: nn.Module, grad: bool) -> Standing:
+        self._seen.state = next(_unknown)
         try:
             return super().refuse(module, grad)
         except Bypass as reason:
