@@ -1,5 +1,6 @@
 """The command line: what it prints, its status, and that it does nothing else."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -8,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -402,6 +404,19 @@ def test_help_and_version(run):
         assert (status, err) == (0, "")
         assert command.usage in out
     assert run("--version") == (0, f"modcache {modcache.__version__}\n", "")
+
+
+def test_every_command_is_documented():
+    """The page of the command line has a row for each command, with its words and options."""
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    rows = {row.split()[0]: row for row in re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)}
+    assert rows.keys() == COMMANDS.keys()
+    for name, command in COMMANDS.items():
+        assert command.words in rows[name]
+        parser = argparse.ArgumentParser()
+        command.options(parser)
+        options = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
+        assert {option for option in options if option not in rows[name]} == set()
 
 
 def test_what_a_module_left(tmp_path, run):
