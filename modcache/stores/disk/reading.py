@@ -290,17 +290,18 @@ class Reading:
 
     def _follow(self, segment: Segment) -> bool:
         """Takes in what a segment commits since the last look; whether there is anything."""
+        changed = False
         try:
-            frames = segment.news(self._directory)
+            for frames in segment.news(self._directory):
+                changed, start = True, 0
+                for end in range(1, len(frames) + 1):
+                    if end == len(frames) or frames[end].kind != frames[start].kind:
+                        self._take_in(segment, frames[start:end])
+                        start = end
         except OSError:
             self._lose([segment.number])
             return True
-        start = 0
-        for end in range(1, len(frames) + 1):
-            if end == len(frames) or frames[end].kind != frames[start].kind:
-                self._take_in(segment, frames[start:end])
-                start = end
-        return bool(frames)
+        return changed
 
     def _take_in(self, segment: Segment, frames: list[Frame]) -> None:
         """Frames of one kind."""

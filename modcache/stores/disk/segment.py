@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from ..index import KEY_BYTES, Places
+from ..index import Places
 from .frames import (
     LOG_START_BYTES,
-    MOST_KEYS,
-    ROWS,
     ROWS_HEAD_BYTES,
-    SUM_BYTES,
     DamageError,
     Frame,
     SegmentHeader,
@@ -33,7 +31,7 @@ __all__ = ["NEVER", "Segment", "check_rows", "read_all", "read_header", "read_in
 
 _MOST_BYTES: Final = 1 << 30  # of rows in one segment
 _MOST_ROWS: Final = 1 << 24  # keys and checksums of so many take 400 MB of a log
-_PIECE: Final = 2 * MOST_KEYS * (KEY_BYTES + SUM_BYTES)  # of a log that is read at once
+_PIECE: Final = 1 << 25  # bytes of a log that are read at once: more than any frame has, and a million rows
 NEVER: Final = np.iinfo(np.int64).max
 """The stamp of rows that are not committed yet: nothing that was committed is later."""
 
@@ -89,8 +87,8 @@ class Segment:
         """The log is read up to here."""
         self._log_end = end
 
-    def news(self, directory: Directory) -> list[Frame]:
-        """What was committed since the last look.
+    def news(self, directory: Directory) -> Iterator[list[Frame]]:
+        """What was committed since the last look, some frames at a time; the rows of each are to be noted at once.
 
         Raises:
             OSError: the segment cannot be read, or is gone.
@@ -98,21 +96,18 @@ class Segment:
         found = os.stat(directory.place_of(self.folder) / self.name.log, follow_symlinks=False)
         seen = (found.st_ino, found.st_size, found.st_mtime_ns)
         if seen == self._seen:
-            return []
+            return
         with directory.opened_segment(self.folder, self.name.rows) as file:
             size = os.fstat(file).st_size
         most_rows = (size - ROWS_HEAD_BYTES) // self.row_bytes if self.row_bytes else 1 << 62
-        frames: list[Frame] = []
         with directory.opened_segment(self.folder, self.name.log) as file:
-            rows, believed = self.committed, 1
-            while believed:  # a piece is longer than any frame, so the last one holds none
-                data = read_all(file, self._log_end, _PIECE)
-                more, self._log_end = parse_frames(data, self.segment, self._log_end, rows, most_rows)
-                rows += sum(frame.count for frame in more if frame.kind == ROWS)
-                believed = len(more) if len(data) == _PIECE else 0
-                frames += more
+            while True:
+                data = read_all(file, self._log_end, min(_PIECE, os.fstat(file).st_size - self._log_end))
+                frames, self._log_end = parse_frames(data, self.segment, self._log_end, self.committed, most_rows)
+                if not frames:
+                    break
+                yield frames
         self._seen = seen
-        return frames
 
     def open_rows(self, directory: Directory) -> int:
         """A descriptor of the rows file, after a look at its head.
