@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,8 +94,9 @@ def verify(
 
 def _check(directory: Directory, folder: Folder, segment: SegmentFacts, more: Callable[[int], None]) -> _Checked:
     good = np.ones(segment.committed, np.bool_)
-    for chunk in chunks_of(directory, folder.folder, segment, segment.frames, more):
-        good[chunk.first : chunk.first + len(chunk.good)] = chunk.good
+    with contextlib.suppress(FileNotFoundError):  # somebody dropped it meanwhile, so nobody is served from it
+        for chunk in chunks_of(directory, folder.folder, segment, segment.frames, more):
+            good[chunk.first : chunk.first + len(chunk.good)] = chunk.good
     return _Checked(segment, good)
 
 

@@ -11,13 +11,14 @@ from typing import Final
 
 from ....errors import UsageError
 from ....rows import Layout
-from ..frames import DROPPED
+from ...index import KEY_BYTES
+from ..frames import ROWS_HEAD_BYTES
 from ..manifest import TEMPORARY
-from ..names import FORMAT_FILE, Directory
+from ..names import FORMAT_FILE, Directory, folder_of
 from .reports import GcReport
 from .rewrite import Flags
 from .survey import Folder, SegmentFacts, entries_of, opened, standing_of, survey
-from .work import Work, at_work
+from .work import Work, at_work, drops_to_keep
 
 __all__ = ["Compaction", "Plan", "gc", "plan_gc"]
 
@@ -42,11 +43,11 @@ class Compaction:
 
     @property
     def new_bytes(self) -> int:
-        """About what the new segments take, at most."""
+        """About what the new segments take."""
         rows = sum(
             int(flags.sum()) * segment.row_bytes for segment, flags in zip(self.segments, self.keep, strict=True)
         )
-        return rows + sum(segment.log_bytes for segment in self.segments)
+        return ROWS_HEAD_BYTES + rows + sum(segment.log_bytes for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,7 @@ def _plan(folder: Folder) -> Plan:
     dead = [segment for segment in folder.segments if not segment.alive]
     whole = [segment for segment in dead if segment.header is not None and segment.damage is None]
     counts = dict(zip([one.title for one in folder.segments], standing_of(folder.segments).counts, strict=True))
-    compactions = _compactions(whole, counts)
+    compactions = _compactions(folder.segments, whole, counts)
     rewritten = {segment.title for compaction in compactions for segment in compaction.segments}
     return Plan(
         folder,
@@ -180,7 +181,9 @@ def _plan(folder: Folder) -> Plan:
     )
 
 
-def _compactions(segments: Iterable[SegmentFacts], counts: dict[str, Flags]) -> tuple[Compaction, ...]:
+def _compactions(
+    known: Sequence[SegmentFacts], segments: Iterable[SegmentFacts], counts: dict[str, Flags]
+) -> tuple[Compaction, ...]:
     by_layout: dict[Layout, list[SegmentFacts]] = {}
     for segment in segments:
         assert segment.header is not None, segment
@@ -189,20 +192,19 @@ def _compactions(segments: Iterable[SegmentFacts], counts: dict[str, Flags]) -> 
     for together in by_layout.values():
         small = [segment for segment in together if segment.rows_bytes < _SMALL]
         worth = {segment.title for segment in small} if len(small) >= _MANY else set()
-        worth |= {segment.title for segment in together if _is_mostly_dead(segment, counts[segment.title])}
+        worth |= {segment.title for segment in together if _is_mostly_dead(known, segment, counts[segment.title])}
         chosen = tuple(segment for segment in together if segment.title in worth)
         if chosen:
             found.append(Compaction(chosen, tuple(counts[segment.title] for segment in chosen)))
     return tuple(found)
 
 
-def _is_mostly_dead(segment: SegmentFacts, counts: Flags) -> bool:
+def _is_mostly_dead(known: Sequence[SegmentFacts], segment: SegmentFacts, counts: Flags) -> bool:
     """Whether much would be gained by copying the rest."""
-    if not len(counts):
-        drops = [frame.stamp for frame in segment.frames if frame.kind == DROPPED]
-        # A log of drops alone; as long as they may matter it would only be copied.
-        return not drops or max(drops) < time.time_ns() - 2 * int(_HOUR * 1e9)
-    return int((~counts).sum()) >= max(1, _DEAD_SHARE * len(counts))
+    if len(counts):
+        return int((~counts).sum()) >= max(1, _DEAD_SHARE * len(counts))
+    said = sum(frame.count for frame in segment.frames)
+    return not said or sum(len(keys) for _, keys in drops_to_keep(known, [segment])) < said * KEY_BYTES
 
 
 # --- doing ----------------------------------------------------------------------------------------------
@@ -238,6 +240,9 @@ def _sweep(work: Work, folders: Sequence[Folder]) -> None:
         _remove_old(directory, ("rows", folder.folder), TEMPORARY)
         if not directory.segments(folder.folder) and _age(directory, folder.folder) > _HOUR:
             work.forget(folder)
+    there = {folder_of(name): name for name in work.catalogue.entries()}
+    for name in {name for folder, name in there.items() if folder not in directory.folders()}:
+        work.catalogue.forget(name)
     if work.catalogue.damaged:
         work.catalogue.rebuild(entries_of(survey(directory)))
 
