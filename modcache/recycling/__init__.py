@@ -15,7 +15,8 @@ from ..errors import CutError, UsageError, UsageTypeError
 from ..wrap import requested_of
 from .classes import recycled_class
 from .distributed import reducer_around
-from .recycled import Asking, Recycled
+from .plan import Asking
+from .recycled import Recycled
 
 __all__ = ["arguments_of", "check_model", "recycle"]
 

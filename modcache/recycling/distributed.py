@@ -17,6 +17,6 @@ def reducer_around(model: nn.Module) -> str | None:
     from torch.nn.parallel import DistributedDataParallel
 
     for found in gc.get_objects():
-        if isinstance(found, DistributedDataParallel) and any(child is model for child in found.modules()):
+        if issubclass(type(found), DistributedDataParallel) and any(child is model for child in found.modules()):
             return type(found).__name__
     return None

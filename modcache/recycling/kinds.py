@@ -15,7 +15,7 @@ from ..errors import CutError
 from ..keys.registry import is_row
 from .trees import hidden_tensors
 
-__all__ = ["Asked", "asked_of", "first_rows", "inputs_of", "with_inputs"]
+__all__ = ["Asked", "asked_of", "first_rows", "inputs_of", "with_inputs", "with_values"]
 
 _FLAGS = (bool, int, str, type(None))
 
@@ -127,13 +127,18 @@ def with_inputs(asked: Asked, inputs: Mapping[str, Any], rows: int) -> Arguments
         for column in asked.batch.columns
     }
     values |= {path: inputs.get(path, value) for path, value in asked.batch.shared}
-    args, kwargs = list(asked.arguments.args), dict(asked.arguments.kwargs)
-    for name, place in asked.arguments.names:
+    return with_values(asked.arguments, values)
+
+
+def with_values(arguments: Arguments, values: Mapping[str, Any]) -> Arguments:
+    """The arguments with other values at these paths."""
+    args, kwargs = list(arguments.args), dict(arguments.kwargs)
+    for name, place in arguments.names:
         if isinstance(place, int):
             args[place] = replaced(args[place], name, values)
         else:
             kwargs[place] = replaced(kwargs[place], name, values)
-    return Arguments(tuple(args), kwargs, asked.arguments.names)
+    return Arguments(tuple(args), kwargs, arguments.names)
 
 
 def first_rows(column: Column, rows: int) -> Any:

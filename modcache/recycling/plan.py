@@ -12,7 +12,24 @@ from .ghosts import Origin, Spec
 from .runs import Called, Template
 from .trees import Step, mapped
 
-__all__ = ["Plan", "Shapes", "Stored"]
+__all__ = ["Asking", "Plan", "Shapes", "Stored"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """What `recycle` was asked for.
+
+    Args:
+        at: the name of the cut.
+        call: its number.
+        extra: whether other values than the arguments of the cut may be stored.
+        cut_requires_grad: whether the tensors at the cut require grad, for reentrant checkpointing.
+    """
+
+    at: str
+    call: int = 0
+    extra: bool = False
+    cut_requires_grad: bool = False
 
 
 @dataclass(frozen=True, slots=True)

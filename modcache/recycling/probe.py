@@ -4,134 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..arguments import Arguments
+from ..batch import items_of
 from ..errors import CutError
+from ..keys.tokens import find_tokens
 from ..selfcheck import preserved_randomness
-from .axes import CoupledError, agree, axis_of, floor_of, slopes_of, to_rows
+from .axes import CoupledError, agree, axis_of, floor_of, from_rows, slopes_of, to_rows
 from .branches import Branch, Branches
+from .captures import Found, capture, not_reached, value_in
 from .ghosts import Ghost, Origin, Spec, unwrapped
-from .kinds import Asked
-from .plan import Plan, Shapes, Stored
+from .kinds import Asked, with_values
+from .plan import Asking, Plan, Stored
 from .runs import Called, Capture, Reached, Resume, Template
 from .shadow import Shadow, running
-from .stashes import Stashes, buffers_of
-from .trace import Mark, Trace
+from .stashes import Stashes
+from .trace import BY_PYTHON, Mark, Trace
 from .trees import Step, located, mapped, same_but_tensors
+from .untouched import seed, untouched
 
-__all__ = ["Found", "capture", "probe", "refuse_coupled", "rows_of_capture", "shapes_of", "untouched"]
+__all__ = ["probe"]
 
 _ROWS = 4
 """Rows of the first batch that the probe runs on."""
 
 _LOOKED_AT = 64
 """Rows among which these are looked for."""
-
-
-class Found(NamedTuple):
-    """What a capture gave.
-
-    Args:
-        capture: the run.
-        values: the tensors among the arguments of the cut, by place.
-    """
-
-    capture: Capture
-    values: dict[Step, torch.Tensor]
-
-
-def capture(
-    run: Capture, shadow: Shadow, forward: Callable[..., Any], arguments: Arguments, at: str, branches: Branches
-) -> Found:
-    """Run a model up to the cut, in eval mode and without grad; ``branches`` notes which way it takes.
-
-    Raises:
-        CutError: the cut was not reached.
-    """
-    shadow.take_over(training=False)
-    try:
-        with torch.inference_mode(False), torch.no_grad(), running(run), branches:
-            forward(shadow.root, *arguments.args, **arguments.kwargs)
-    except Reached:
-        pass
-    if run.arguments is None:
-        raise _not_reached(at, run.cut_calls)
-    return Found(run, dict(located(run.arguments)))
-
-
-def _not_reached(at: str, calls: int) -> CutError:
-    if calls:
-        return CutError(
-            f"{at} is called {calls} time{'s' if calls > 1 else ''} in this forward: there is no call={calls} of it. "
-            f"Give a lower call= (the first is 0)."
-        )
-    return CutError(
-        f"{at} is not called in this forward, so the model cannot be cut there. Cut at a submodule that is called (one "
-        "of its children, or what calls it)."
-    )
-
-
-# --- leaving no trace -----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module, written: set[tuple[int, str]]) -> Iterator[None]:
-    """Run things with the model in eval mode, and leave attributes, buffers, modes and randomness as they were.
-
-    The attributes that were set meanwhile, by ``id`` of the module, are added to ``written``.
-    """
-    modules = list(model.modules())
-    before = [dict(vars(module)) for module in modules]
-    buffers = [
-        (module, name, value, None if value is None else value.detach().clone())
-        for module in modules
-        for name, value in buffers_of(module).items()
-    ]
-    with preserved_randomness():
-        try:
-            for module in modules:
-                vars(module)["training"] = False
-            yield
-        finally:
-            for module, was in zip(modules, before, strict=True):
-                written.update((id(module), name) for name in _put_back(module, was))
-            with torch.no_grad():
-                for module, name, value, content in buffers:
-                    buffers_of(module)[name] = value
-                    if value is not None and content is not None and not _same(value, content):
-                        value.copy_(content)
-
-
-def _put_back(module: nn.Module, was: dict[str, Any]) -> set[str]:
-    """Put attributes back; the names of those that had been set."""
-    now = vars(module)
-    names = {name for name in {*now, *was} if name not in _INNER and now.get(name, was) is not was.get(name, now)}
-    kept = {name for name in names if name.startswith("_output_capturing")}  # transformers' hooks stay installed
-    for name in names - was.keys() - kept:
-        del now[name]
-    now.update({name: value for name, value in was.items() if name not in kept})
-    return names
-
-
-_INNER = frozenset(vars(nn.Module())) | {"_modcache"}
-
-
-def _seed(number: int) -> None:
-    """Begin other random numbers; the caller has preserved the user's."""
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and (torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num()))
 
 
 # --- the probe ------------------------------------------------------------------------------------------
@@ -146,22 +50,22 @@ class _Probe:
         forward: Callable[..., Any],
         shadow: Shadow,
         asked: Asked,
-        at: str,
-        call: int,
-        extra: bool,
+        asking: Asking,
+        tokens: bool,
     ) -> None:
-        self.model, self.forward, self.shadow = model, forward, shadow
-        self.asked, self.at, self.call, self.extra = asked, at, call, extra
+        self.model, self.forward, self.shadow, self.asked = model, forward, shadow, asked
+        self.at, self.call, self.extra, self.tokens = asking.at, asking.call, asking.extra, tokens
         self.places = _distinct_rows(asked)
         self.count = len(self.places)
         if self.count < 2:
             raise CutError(
-                f"{at}: all rows of the first batch are the same, which tells nothing about rows. Call the model "
+                f"{self.at}: all rows of the first batch are the same, which tells nothing about rows. Call the model "
                 "with two different rows first, or give recycle(..., batch=...) such a batch."
             )
         self.branches = Branches()
         self.seeds = itertools.count(1)
         self.fires = False
+        self.trace = Trace()
         self.floor = 0.0
 
     def taken(self, places: Sequence[int]) -> Arguments:
@@ -177,7 +81,7 @@ class _Probe:
         run = Capture(self.call, trace=trace)
         self.branches.trace = trace
         with preserved_randomness():
-            _seed(next(self.seeds))  # what draws random numbers shall give itself away
+            seed(next(self.seeds))  # what draws random numbers shall give itself away
             return capture(run, self.shadow, self.forward, arguments, self.at, self.branches)
 
     def run(self) -> tuple[Plan, frozenset[Branch]]:
@@ -186,6 +90,8 @@ class _Probe:
         output = self.full(batch)
         try:
             plan = self._parted(batch, output)
+            if self.tokens:
+                self._refuse_padding(plan, batch)
             return plan, frozenset(self.branches.new | self.branches.irrelevant(plan.inputs))
         except (CutError, MemoryError, torch.OutOfMemoryError):
             raise
@@ -224,7 +130,7 @@ class _Probe:
         return self._plan(found, captures, stored, axes, marks, after)
 
     def _traced(self, batch: Arguments) -> tuple[Trace, Found]:
-        trace = Trace()
+        trace = self.trace = Trace()
         named = ((Mark("parameter", name), p) for name, p in self.model.named_parameters(remove_duplicate=False))
         for mark, tensor in named:
             trace.mark([tensor], mark, given=True)
@@ -342,14 +248,53 @@ class _Probe:
         if run.error is not None:
             raise run.error
         if not run.reached:
-            raise _not_reached(self.at, 0)
+            raise not_reached(self.at, 0)
         return output
+
+    def _refuse_padding(self, plan: Plan, batch: Arguments) -> None:
+        """Is the result the same when the trunk gives zeros at masked positions?"""
+        columns = tuple(column._replace(value=_at(batch, column.path)) for column in self.asked.batch.columns)
+        tokens = find_tokens(self.asked.batch._replace(size=self.count, columns=columns))
+        if tokens is None:
+            return
+        kept = torch.arange(tokens.width) < torch.from_numpy(tokens.lengths)[:, None]
+        if bool(kept.all()) and tokens.width > 1:
+            kept[0, -1] = False  # no row is padded, so one is made shorter
+        values = {column.path: column.value for column in columns}
+        mask = values[tokens.mask]
+        values[tokens.mask] = torch.where(kept.to(mask.device), mask, torch.zeros_like(mask))
+        arguments = with_values(batch, values)
+        output, found = self.full(arguments), self.captured(arguments)
+        tensors = {}
+        for stored in plan.stored:
+            value = value_in(found, stored.source).clone()
+            if stored.axis is not None:
+                rows = to_rows(value, stored.axis)
+                if rows.dim() > 1 and rows.shape[1] == tokens.width:
+                    rows = torch.where(_beside(kept, rows), rows, torch.zeros_like(rows))
+                value = from_rows(rows, stored.axis)
+            tensors[stored.source] = value
+        crossing = {source: value for source, value in tensors.items() if not isinstance(source, Origin)}
+        extras = {source: value for source, value in tensors.items() if isinstance(source, Origin)}
+        run = Resume(self.call, found.capture.templates, plan.live, frozenset(), crossing, extras)
+        run.fires = self.fires
+        again = self._finished(run, arguments)
+
+        def seen(leaf: torch.Tensor) -> torch.Tensor:
+            per_token = leaf.dim() > 1 and leaf.shape[:2] == kept.shape
+            return torch.where(_beside(kept, leaf), leaf, torch.zeros_like(leaf)) if per_token else leaf
+
+        if (differs := _difference(mapped(output, seen), mapped(again, seen), self.floor)) is not None:
+            raise CutError(
+                f'{self.at}: with key="tokens" the trunk gives zeros at masked positions, and what comes after the cut '
+                f"looks at them ({differs}). Leave key= out, or cut at a later submodule."
+            )
 
     def _axes(self, stored: list[Any], captures: tuple[Found, ...]) -> dict[Any, Any]:
         axes = {}
         for source in stored:
             try:
-                full, turned, first, rest = (_value(found, source) for found in captures)
+                full, turned, first, rest = (value_in(found, source) for found in captures)
             except KeyError:
                 raise CutError(
                     f"{self.at}: which tensors it is given depends on which rows are in the batch. Cut at an earlier "
@@ -393,10 +338,9 @@ class _Probe:
         }
         direct = tuple(sorted(alone | {name for name in buffers if not _lies_in(name, feeding)}))
         slopes = {called: self._slopes(called, full, first, rest) for called in stubs}
-        facts = tuple(_stored(source, axes[source], _value(found, source)) for source in stored)
+        facts = tuple(_stored(source, axes[source], value_in(found, source)) for source in stored)
         inputs = tuple(sorted({mark.name for mark in marks if mark.kind == "input"}))
-        if any(stored.axis is None for stored in facts):
-            self._refuse_coupled(found, [source for source in stored if axes[source] is None])
+        self._refuse_shared({source: value_in(found, source) for source in stored if axes[source] is None})
         return Plan(
             tag=self.asked.tag,
             at=self.at,
@@ -415,8 +359,18 @@ class _Probe:
             fires=self.fires,
         )
 
-    def _refuse_coupled(self, found: Found, shared: list[Any]) -> None:
-        return None
+    def _refuse_shared(self, values: dict[Any, torch.Tensor]) -> None:
+        """What all rows share is stored once, so it must not be made of rows."""
+        rows = {column.path for column in self.asked.batch.columns}
+        for source, value in values.items():
+            marks = self.trace.marks_of(value)
+            made_of = sorted({mark.name for mark in marks if mark.kind == "input" and mark.number != BY_PYTHON} & rows)
+            if made_of:
+                what = str(source) if isinstance(source, Origin) else f"a tensor that {self.at} is given"
+                raise CutError(
+                    f"{what} is the same for all rows of the first batch, though it is made of {', '.join(made_of)}, so "
+                    "rows depend on each other. Cut at an earlier submodule."
+                )
 
     def _slopes(self, called: Called, full: Capture, first: Capture, rest: Capture) -> Any:
         shapes: list[Template] = [run.templates[called] for run in (full, first, rest)]
@@ -435,14 +389,6 @@ class _Probe:
 
 def _specs(template: Template) -> list[Any]:
     return [spec for _, spec in located(template.value, Spec)]
-
-
-def _value(found: Found, source: Any) -> torch.Tensor:
-    if isinstance(source, Origin):
-        output = found.capture.outputs[source.path, source.number]
-        value: torch.Tensor = dict(located(output))[source.place]
-        return value
-    return found.values[source]
 
 
 def _stored(source: Any, axis: Any, value: torch.Tensor) -> Stored:
@@ -465,8 +411,6 @@ def _at(arguments: Arguments, path: str) -> Any:
 
 
 def _inside(value: Any, path: str) -> Any:
-    from ..batch import items_of
-
     for step, item in items_of(value):
         if path == step:
             return item
@@ -500,6 +444,11 @@ def _same_row(asked: Asked, place: int, other: int) -> bool:
     return True
 
 
+def _beside(kept: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Which positions are kept, in a shape that goes with rows of tokens."""
+    return kept.to(rows.device).reshape(*kept.shape, *(1,) * (rows.dim() - 2))
+
+
 def _difference(one: Any, other: Any, floor: float) -> str | None:
     """In what two outputs differ."""
     left, right = list(located(one)), list(located(other))
@@ -515,7 +464,7 @@ def _difference(one: Any, other: Any, floor: float) -> str | None:
 
 
 def probe(
-    model: nn.Module, forward: Callable[..., Any], shadow: Shadow, asked: Asked, at: str, call: int, extra: bool
+    model: nn.Module, forward: Callable[..., Any], shadow: Shadow, asked: Asked, asking: Asking, tokens: bool
 ) -> tuple[Plan, frozenset[Branch]]:
     """Part a model for this kind of call; the plan, and the ways that were looked at.
 
@@ -524,53 +473,8 @@ def probe(
     """
     if asked.batch.size < 2:
         raise CutError(
-            f"{at}: the first batch has one row, which does not tell rows from the rest. Call the model with two "
+            f"{asking.at}: the first batch has one row, which does not tell rows from the rest. Call it with two "
             "or more rows first, or give recycle(..., batch=...) such a batch."
         )
     with untouched(model, shadow.written):
-        return _Probe(model, forward, shadow, asked, at, call, extra).run()
-
-
-def shapes_of(plan: Plan, found: Found, rows: int) -> Shapes:
-    """The shapes, and the values that all rows share, of a capture."""
-    shared = {stored.source: _value(found, stored.source).detach().clone() for stored in plan.shared}
-    return Shapes(rows, found.capture.templates, shared)
-
-
-def rows_of_capture(plan: Plan, found: Found) -> tuple[torch.Tensor, ...]:
-    """The tensors of the records, rows first.
-
-    Raises:
-        CutError: a tensor that is to be stored did not come.
-    """
-    tensors = []
-    for stored in plan.per_row:
-        try:
-            value = _value(found, stored.source)
-        except KeyError:
-            raise CutError(f"{plan.at}: {stored} is not given on this call. Cut at an earlier submodule.") from None
-        assert stored.axis is not None
-        tensors.append(to_rows(value, stored.axis))
-    return tuple(tensors)
-
-
-def refuse_coupled(plan: Plan, shadow: Shadow, forward: Callable[..., Any], asked: Asked, at: Branches) -> None:
-    """Look at a batch that took a way that was never looked at: do its rows come out the same among others?
-
-    Raises:
-        CutError: they do not.
-    """
-    count = asked.batch.size
-    parts = [list(range(count)), list(range(0, count, 2)), list(range(1, count, 2))]
-    with preserved_randomness():
-        full, even, odd = (
-            rows_of_capture(plan, capture(Capture(plan.call, plan.extras), shadow, forward, taken, plan.at, at))
-            for taken in (asked.arguments.taken(asked.batch, places) for places in parts)
-        )
-    for stored, rows, some, rest in zip(plan.per_row, full, even, odd, strict=True):
-        fits = some.shape[1:] == rest.shape[1:] == rows.shape[1:]
-        if not fits or not (agree(rows[::2], some, plan.floor) and agree(rows[1::2], rest, plan.floor)):
-            raise CutError(
-                f"{plan.at}: on the way to the cut the model decides by values of the whole batch, and {stored} comes "
-                "out otherwise for a row among other rows. Cut at an earlier submodule, or make the way the same."
-            )
+        return _Probe(model, forward, shadow, asked, asking, tokens).run()

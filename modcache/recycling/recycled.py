@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -25,34 +25,18 @@ from ..selfcheck import preserved_randomness
 from .axes import from_rows
 from .branches import Branch, Branches
 from .cache import RecycledCache
+from .captures import capture, refuse_coupled, rows_of_capture, shapes_of
 from .distributed import reducer_around
 from .ghosts import Ghost, Origin, unwrapped
 from .kinds import Asked, asked_of, inputs_of, with_inputs
-from .plan import Plan, Shapes
-from .probe import capture, probe, refuse_coupled, rows_of_capture, shapes_of
+from .plan import Asking, Plan, Shapes
+from .probe import probe
 from .runs import Capture, Resume
 from .shadow import Shadow, current, running
 from .trees import fill_inside, mapped
 from .trunk import Parted, ProbedMemo, TrunkAttached, capturing
 
-__all__ = ["Asking", "Recycled"]
-
-
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """What `recycle` was asked for.
-
-    Args:
-        at: the name of the cut.
-        call: its number.
-        extra: whether other values than the arguments of the cut may be stored.
-        cut_requires_grad: whether the tensors at the cut require grad, for reentrant checkpointing.
-    """
-
-    at: str
-    call: int = 0
-    extra: bool = False
-    cut_requires_grad: bool = False
+__all__ = ["Recycled"]
 
 
 class _Local(threading.local):
@@ -232,8 +216,8 @@ class Recycled:
         self._local.plain = True
         try:
             asking = self.asking
-            shadow = self.shadow(model)
-            plan, ways = probe(model, cls.forward, shadow, asked, asking.at, asking.call, asking.extra)
+            shadow, tokens = self.shadow(model), self.memo.options.extractor.name == "tokens"
+            plan, ways = probe(model, cls.forward, shadow, asked, asking, tokens)
         finally:
             self._local.plain = False
         self._ways.setdefault(asked.kind, set()).update(ways)

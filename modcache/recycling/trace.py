@@ -11,16 +11,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .trees import located
 
-__all__ = ["Mark", "Trace"]
+__all__ = ["BY_PYTHON", "Mark", "Trace"]
 
 
 class Mark(NamedTuple):
-    """Something that values are made of: ``kind`` is "parameter", "buffer", "input" or "module"."""
+    """Something that values are made of: ``kind`` is "parameter", "buffer", "input" or "module".
+
+    The number is that of the call of a module; of others it is ``BY_PYTHON`` where they only came in by what Python
+    asked of them.
+    """
 
     kind: str
     name: str
     number: int = 0
 
+
+BY_PYTHON = -1
 
 Marks = frozenset[Mark]
 _NONE: Marks = frozenset()
@@ -83,7 +89,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def escaped(self, value: Any) -> None:
         """Values got into Python, and from there they may get into anything."""
-        self._everything |= self.all_marks(value)
+        self._everything |= _asked(self.all_marks(value))
 
     def _put(self, tensor: torch.Tensor, marks: Marks) -> None:
         if id(tensor) not in self._held:
@@ -98,7 +104,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         marks = _NONE if name in _SHAPE_ONLY else self.all_marks((args, kwargs)) | self._everything
         result = func(*args, **kwargs)
         if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"):
-            self._everything |= marks
+            self._everything |= _asked(marks)
         for tensor in _written(func._schema, args, kwargs):
             memory = _memory(tensor)
             if memory in self._given:
@@ -123,6 +129,10 @@ class _Functions(TorchFunctionMode):
         if getattr(func, "__name__", None) in _ESCAPES:
             self._trace.escaped((args, kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _asked(marks: Marks) -> Marks:
+    return frozenset(mark if mark.kind == "module" else mark._replace(number=BY_PYTHON) for mark in marks)
 
 
 def _memory(tensor: torch.Tensor) -> int:
