@@ -10,18 +10,18 @@ from typing import Final
 import numpy as np
 
 from ...rows import Layout
-from ..index import KEY_BYTES, KeyIndex, Places, cut_keys
+from ..index import KEY_BYTES, Places
 from ..protocol import Found
 from .descriptors import Descriptors
 from .frames import DROPPED, ROWS, SEGMENT_ID_BYTES, DamageError, Frame
 from .group import ROW_BITS, Group, LostError, Taken
 from .names import Directory, SegmentName, folder_of
 from .segment import Segment, check_rows, read_header
+from .statements import Statements
 
 __all__ = ["Reading", "count_rows"]
 
 _NO_ROWS: Final = Layout("null", ())
-_NEWEST: Final = 1 << 16  # keys that are quick to note; more of them are moved at a time, which may take 20 ms
 _TRIES: Final = 8  # files that vanish under our hands, again and again
 _RACY: Final = 2_000_000_000  # nanoseconds within which a folder may change without another time of change
 
@@ -44,19 +44,17 @@ class Reading:
         self._directory = directory
         self._descriptors = descriptors
         self._mapped = mapped
-        self._index = KeyIndex(_NEWEST)
+        self._said = Statements(self._stamps_of)
         self._groups: dict[Layout, Group] = {}
         self._segments: dict[int, Segment] = {}
         self._names: dict[SegmentName, Segment] = {}
         self._odd: dict[SegmentName, tuple[int, ...]] = {}  # damaged segments, as they looked then
         self._open: dict[Layout, Segment] = {}  # segments of our own that are being written
         self._next = 0
-        self._dropped: dict[bytes, int] = {}
-        self._hidden = 0  # nothing that was said until then counts
         self._listed: int | None = None  # time of change of the folder, where it was listed and may be trusted
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._said)
 
     @property
     def row_bytes(self) -> int:
@@ -67,27 +65,27 @@ class Reading:
 
     def contains(self, keys: Sequence[bytes]) -> Places:
         """The place of each row, -1 where it is absent."""
-        places, complete = self._index.locate(keys)
+        places, complete = self._said.locate(keys)
         if not complete and self.refresh():
-            places = self._index.find(keys)
+            places, _ = self._said.locate(keys)
         return places
 
     def get(self, keys: Sequence[bytes]) -> tuple[Found, ...]:
         """The rows of these keys in fresh memory, by layout; a row that is damaged or gone is absent."""
-        places, complete = self._index.locate(keys)
+        places, complete = self._said.locate(keys)
         if not complete and self.refresh():
-            places, complete = self._index.locate(keys)
+            places, complete = self._said.locate(keys)
         for _ in range(_TRIES):
             found = self._found(keys, places, complete)
             if found is not None:
                 return found
             self.refresh()
-            places, complete = self._index.locate(keys)
+            places, complete = self._said.locate(keys)
         return ()
 
     def keys(self) -> list[bytes]:
         """The keys of all rows."""
-        return self._index.keys()
+        return self._said.keys()
 
     def refresh(self) -> bool:
         """Looks for what other processes did since the last look; whether there is anything new."""
@@ -117,9 +115,7 @@ class Reading:
         first = segment.assigned
         segment.waiting.append((first, matrix))
         segment.assigned += len(keys)
-        self._index.set(keys, np.arange(first, segment.assigned) | (segment.number << ROW_BITS))
-        for key in keys if self._dropped else ():
-            self._dropped.pop(key, None)
+        self._said.set(keys, np.arange(first, segment.assigned) | (segment.number << ROW_BITS))
         return first
 
     def committed(self, segment: Segment, first: int, stamp: int, sums: bytes) -> None:
@@ -133,34 +129,39 @@ class Reading:
     def left_of(self, segment: Segment, first: int, joined: bytes) -> Places:
         """Which of some rows that wait for a segment still count, by their place among them."""
         places = np.arange(first, first + len(joined) // KEY_BYTES) | (segment.number << ROW_BITS)
-        return np.flatnonzero(self._index.find_joined(joined) == places)
+        return np.flatnonzero(self._said.at(joined, places))
 
-    def give_up(self, segment: Segment) -> int:
-        """The rows that waited for this segment will not be written, nor any others; how many there were."""
+    def give_up(self, segment: Segment, joined: bytes | None = None) -> int:
+        """The rows that wait for this segment will not be written, nor any others; how many of them counted.
+
+        Args:
+            segment: of our own.
+            joined: their keys, in order; without these, all keys there are have to be looked through.
+        """
         segment.closed = True
-        if segment.assigned == segment.committed:
+        low, count = segment.committed, segment.assigned - segment.committed
+        if not count:
             return 0
-        low, high = segment.committed, segment.assigned
-        gone = self._forget_places(np.array([segment.number]), low)
+        if joined is not None and len(joined) == count * KEY_BYTES:
+            left = self.left_of(segment, low, joined)
+            self._said.forget([joined[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in left.tolist()])
+            gone = len(left)
+        else:  # unless an interrupt came while rows got their place, this is for many rows at once
+            gone = self._said.forget_segments([segment.number], low)
         segment.assigned, segment.waiting = low, []
-        return min(gone, high - low)
+        return gone
 
     def delete(self, keys: Sequence[bytes], stamp: int) -> int:
         """Drops rows; how many there were."""
         self.refresh()
-        places = self._index.delete(keys)
-        self._dropped.update(dict.fromkeys(keys, stamp))
-        return int((places >= 0).sum())
+        return self._said.delete(keys, stamp)
 
     def hide(self, stamp: int) -> int:
         """Drops all rows that were put until now; how many there were."""
         self.refresh()
-        count = len(self._index)
-        self._hidden = stamp
         for segment in self._open.values():
             segment.closed = True
-        self._index, self._dropped = KeyIndex(_NEWEST), {}
-        return count
+        return self._said.hide(stamp)
 
     def close(self) -> None:
         """Closes all files."""
@@ -220,7 +221,7 @@ class Reading:
             yield self._groups[layout], np.flatnonzero(meant)
 
     def _note_damage(self, keys: list[bytes]) -> None:
-        self._index.delete(keys)
+        self._said.forget(keys)
         text = (
             f"{len(set(keys))} stored row(s) of namespace {self.namespace!r} do not have their checksum any more: "
             "the file was changed or damaged. They count as missing and are stored anew"
@@ -310,43 +311,14 @@ class Reading:
         stamps = np.repeat(np.array([frame.stamp for frame in frames], np.int64), counts)
         self.latest = max(self.latest, *(frame.stamp for frame in frames))
         if frames[0].kind == DROPPED:
-            self._take_out(cut_keys(joined), stamps)
+            self._said.take_out(joined, stamps)
             return
         assert frames[0].kind == ROWS
-        first = segment.committed
-        self._groups[segment.layout].note(
-            segment, first, np.frombuffer(b"".join([frame.sums for frame in frames]), np.uint64)
-        )
+        first, sums = segment.committed, b"".join([frame.sums for frame in frames])
+        self._groups[segment.layout].note(segment, first, np.frombuffer(sums, np.uint64))
         for frame in frames:
             segment.commit(frame.first, frame.count, frame.stamp)
-        places = np.arange(first, segment.committed) | (segment.number << ROW_BITS)
-        counts_now = self._later(joined, stamps)
-        if not counts_now.all():
-            kept = np.flatnonzero(counts_now)
-            joined = np.frombuffer(joined, np.uint8).reshape(-1, KEY_BYTES)[kept].tobytes()
-            places = places[kept]
-        self._index.set_joined(joined, places)
-
-    def _later(self, joined: bytes, stamps: Places) -> np.ndarray:
-        """Which rows count: what is known of their keys was said earlier."""
-        counts = stamps > self._hidden
-        if self._dropped:
-            dropped = [self._dropped.get(key, -1) for key in cut_keys(joined)]
-            counts &= stamps > np.array(dropped, np.int64)
-        if len(self._index):
-            known = self._index.find_joined(joined)
-            here = np.flatnonzero(known >= 0)
-            counts[here] &= stamps[here] >= self._stamps_of(known[here])
-        return counts
-
-    def _take_out(self, keys: list[bytes], stamps: Places) -> None:
-        places = self._index.find(keys)
-        known = np.full(len(keys), -1, np.int64)
-        here = places >= 0
-        known[here] = self._stamps_of(places[here])
-        self._index.delete([keys[i] for i in np.flatnonzero(here & (known <= stamps)).tolist()])
-        for key, stamp in zip(keys, stamps.tolist(), strict=True):
-            self._dropped[key] = max(stamp, self._dropped.get(key, 0))
+        self._said.take_in(joined, np.arange(first, segment.committed) | (segment.number << ROW_BITS), stamps)
 
     def _stamps_of(self, places: Places) -> Places:
         stamps, numbers = np.empty(len(places), np.int64), places >> ROW_BITS
@@ -358,18 +330,11 @@ class Reading:
     def _lose(self, numbers: Sequence[int]) -> None:
         """Segments are gone: so are their rows."""
         if numbers:
-            self._forget_places(np.array(numbers), 0)
+            self._said.forget_segments(numbers, 0)
             for number in numbers:
                 self._segments[number].closed = True
                 self._remove(self._segments[number])
             self._listed = None
-
-    def _forget_places(self, numbers: Places, low: int) -> int:
-        keys = self._index.keys()
-        places = self._index.find(keys)
-        gone = np.isin(places >> ROW_BITS, numbers) & (places & ((1 << ROW_BITS) - 1) >= low)
-        self._index.delete([keys[i] for i in np.flatnonzero(gone).tolist()])
-        return int(gone.sum())
 
     def _remove(self, segment: Segment) -> None:
         self._segments.pop(segment.number, None)

@@ -26,7 +26,8 @@ from .manifest import read_manifest
 from .names import Directory, folder_of
 from .reading import Reading, count_rows
 from .records import matrix_of
-from .writing import Drop, Facts, Put, Use, Writing, abandon_all, close_all, merged
+from .tasks import Drop, Facts, Put, Use
+from .writing import Writing, abandon_all, close_all, merged
 
 if TYPE_CHECKING:
     from typing_extensions import Self

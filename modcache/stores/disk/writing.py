@@ -1,4 +1,4 @@
-"""Write behind the loop: a queue bounded in bytes, and the thread that empties it into segments."""
+"""The thread that writes behind the loop: what was put goes into segments, whatever comes in its way."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import multiprocessing.util
 import os
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from ..index import KEY_BYTES, Places, cut_keys
 from .admission import Admission
@@ -28,66 +26,18 @@ from .manifest import read_manifest, write_manifest
 from .names import CATALOGUE, ROWS_FOLDER, Directory, SegmentName, new_writer
 from .reading import Reading, count_rows
 from .records import Buffers
+from .tasks import Drop, Facts, Put, Queue, Sync, Task, Use
 
 if TYPE_CHECKING:
     from .segment import Segment
 
-__all__ = ["Drop", "Facts", "Put", "Use", "Writing", "abandon_all", "close_all", "merged"]
+__all__ = ["Writing", "abandon_all", "close_all", "merged"]
 
-_JOINED: Final = 8 << 20  # bytes of puts to one segment that are committed together
 _OPEN: Final = 32  # segments that are open for writing at once
 _PAUSE: Final = 60.0  # seconds after which a directory that refused is tried again
 _IDLE: Final = 1.0  # seconds after which what is reserved is given back
 _FRAME_BYTES: Final = 64
 _KEY_AND_SUM: Final = 24
-
-
-@dataclass(frozen=True, slots=True)
-class Put:
-    """Rows that have a place in a segment and wait to be written there."""
-
-    reading: Reading
-    segment: Segment
-    first: int
-    keys: bytes
-    matrix: npt.NDArray[np.uint8]
-    sums: bytes
-    stamp: int
-    buffer: npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """Keys whose rows shall not count any more, for anybody."""
-
-    reading: Reading
-    segment: Segment
-    keys: bytes
-    stamp: int
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What is to be written into the manifest of a namespace."""
-
-    folder: str
-    facts: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """A namespace was used."""
-
-    reading: Reading
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Sync:
-    done: threading.Event
-
-
-Task = Put | Drop | Facts | Use | _Sync
 
 
 def merged(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +77,7 @@ class Writing:
         self.refused = self.evicted = 0
         self.buffers = Buffers()
         self._directory, self._lock = directory, lock
-        self._queue_bytes = queue_bytes
+        self._queue = Queue(queue_bytes)
         self._catalogue = Catalogue(directory.path / CATALOGUE, writable=True)
         self._admission = Admission(directory, max_bytes, keep_free, self._catalogue, self._note_dropped)
         self._name = new_writer()
@@ -136,13 +86,7 @@ class Writing:
         self._writers: OrderedDict[Segment, tuple[Reading, SegmentWriter]] = OrderedDict()
         self._uses: dict[str, float] = {}  # folders, and when this process used them
         self._paused_until = 0.0
-        # Re-entrant, because a finaliser may stop the thread in the middle of anything.
-        self._state = threading.Condition(threading.RLock())
-        self._tasks: deque[Task] = deque()
-        self._queued = 0
-        self._alone = 0  # tasks that are done one by one
         self._thread: threading.Thread | None = None
-        self._stopping = False
 
     # --- asked by the store ---------------------------------------------------------------------------
 
@@ -154,7 +98,7 @@ class Writing:
     @property
     def queued(self) -> int:
         """The bytes that wait to be written."""
-        return self._queued
+        return self._queue.bytes
 
     def try_again(self) -> None:
         """What kept rows from being written may be over."""
@@ -171,37 +115,28 @@ class Writing:
 
     def make_way(self, size: int) -> None:
         """Waits until so many bytes may be queued; the lock is not held."""
-        with self._state:
-            while self._queued and self._queued + size > self._queue_bytes and self._is_running():
-                self._state.wait(1.0)
+        self._queue.wait_for_room(size, self._is_running)
 
     def push(self, task: Task) -> None:
-        """Queues a task, behind all others."""
-        with self._state:
-            if self._stopping:
-                return
-            self._tasks.append(task)
-            self._queued += _size_of(task)
-            if not self._is_running():
-                self._thread = threading.Thread(target=self._run, name="modcache-disk", daemon=True)
-                _note_running(self)
-                self._thread.start()
-            self._state.notify_all()
+        """Queues a task, behind all others; the lock is held."""
+        if self._queue.push(task) and not self._is_running():
+            self._thread = threading.Thread(target=self._run, name="modcache-disk", daemon=True)
+            _note_running(self)
+            self._thread.start()
 
     def flush(self) -> None:
         """Waits until all that was queued is written, and would survive a power cut."""
         if self._thread is None:
             return
-        sync = _Sync(threading.Event())
-        self.push(sync)
+        sync = Sync(threading.Event())
+        if not self._queue.push(sync):
+            return
         while not sync.done.wait(0.2) and self._is_running():
             continue
 
     def stop(self) -> None:
         """Lets the thread end when the queue is empty."""
-        with self._state:
-            self._stopping = True
-            self._state.notify_all()
+        self._queue.stop()
 
     def close(self) -> None:
         """Writes what is queued, and ends."""
@@ -213,8 +148,6 @@ class Writing:
 
     def abandon(self) -> None:
         """In a forked child: what the parent queued and opened is the parent's alone."""
-        self._stopping = True
-        self._tasks.clear()
         for _, writer in self._writers.values():
             writer.close()
         if self._sign is not None:
@@ -227,14 +160,12 @@ class Writing:
         return self._thread is not None and self._thread.is_alive()
 
     def _run(self) -> None:
-        while tasks := self._take():
+        while tasks := self._queue.take(self._rest, _IDLE):
             try:
                 self._do(tasks)
             except Exception as error:
                 self._abort("writing fails", f"{type(error).__name__}: {error}", tasks)
-            with self._state:
-                self._queued -= sum(map(_size_of, tasks))
-                self._state.notify_all()
+            self._queue.done(tasks)
             del tasks
         for _, writer in self._writers.values():
             writer.close()
@@ -244,28 +175,10 @@ class Writing:
             self._sign = None
         _running.discard(self)
 
-    def _take(self) -> list[Task]:
-        """The next task, or several puts that are committed together; nothing at the end."""
-        with self._state:
-            while not self._tasks:
-                if self._stopping:
-                    return []
-                if not self._state.wait(_IDLE):
-                    self.buffers.clear()
-                    if self._sign is not None:
-                        self._admission.release(self._sign)
-            taken, size = [self._tasks.popleft()], 0
-            first = taken[0]
-            if self._alone:
-                self._alone -= 1
-                return taken
-            while isinstance(first, Put) and self._tasks and size < _JOINED:
-                after = self._tasks[0]
-                if not isinstance(after, Put) or after.segment is not first.segment:
-                    break
-                size += _size_of(after)
-                taken.append(self._tasks.popleft())
-            return taken
+    def _rest(self) -> None:
+        self.buffers.clear()
+        if self._sign is not None:
+            self._admission.release(self._sign)
 
     def _do(self, tasks: list[Task]) -> None:
         match tasks[0]:
@@ -277,23 +190,24 @@ class Writing:
                 self._describe(task)
             case Use() as use:
                 self._note_use(use)
-            case _Sync() as sync:
+            case Sync() as sync:
                 try:
                     self._sync()
                 finally:
                     sync.done.set()
 
     def _drop(self, drop: Drop) -> None:
-        if not drop.segment.closed:
-            self._ready()
-            # Where somebody removed the segment, other segments may have rows of these keys all the same.
-            try:
-                self._writer_of(drop.reading, drop.segment).drop(drop.keys, drop.stamp)
-            except GoneError:
-                with self._lock:
-                    drop.reading.give_up(drop.segment)
-                    other = drop.reading.open_segment(None, 0, self.next_name)
-                    self.push(Drop(drop.reading, other, drop.keys, drop.stamp))
+        segment, reading = drop.segment, drop.reading
+        if segment.closed:
+            return
+        self._ready()
+        try:
+            self._writer_of(reading, segment).drop(drop.keys, drop.stamp)
+        except GoneError:
+            # Somebody removed the segment, but others may have rows of these keys all the same.
+            self._move(reading, segment, [])
+            with self._lock:
+                self.push(Drop(reading, reading.open_segment(None, 0, self.next_name), drop.keys, drop.stamp))
 
     def _write(self, puts: list[Put]) -> None:
         segment, reading = puts[0].segment, puts[0].reading
@@ -330,16 +244,14 @@ class Writing:
 
     def _refuse(self, reading: Reading, segment: Segment, puts: list[Put], reason: str) -> None:
         """There is no room for these rows; smaller ones may still find some."""
-        with self._lock, self._state:
-            if len(puts) > 1:
-                self._requeue(puts)
-                self._alone = len(puts)
-                return
-            size = _size_of(puts[0])
-            smaller = [put for put in self._unqueue(segment) if _size_of(put) < size]
-            left = [(put, reading.left_of(segment, put.first, put.keys)) for put in smaller]
-            self.refused += reading.give_up(segment) - sum(len(places) for _, places in left)
-            self._requeue(self._placed_anew(reading, segment, left))
+        if len(puts) > 1:
+            self._queue.put_back(puts, alone=True)
+            return
+        with self._lock:
+            left = self._vacate(reading, segment, puts)
+            smaller = [(put, places) for put, places in left if put.size < puts[0].size]
+            self.refused += sum(len(places) for put, places in left if put.size >= puts[0].size)
+            self._queue.put_back(self._placed_anew(reading, segment, smaller))
             text = f"no more rows are written to the cache directory {str(self._directory.path)!r}: {reason}"
             self.troubles.append(("no room", text))
 
@@ -347,24 +259,16 @@ class Writing:
         """Somebody dropped the segment: what waits for it goes into another one."""
         if not self._directory.path.is_dir():
             raise FileNotFoundError(errno.ENOENT, "the directory has vanished")
-        with self._lock, self._state:
-            waiting = [*puts, *self._unqueue(segment)]
-            left = [(put, reading.left_of(segment, put.first, put.keys)) for put in waiting]
-            reading.give_up(segment)
-            self._requeue(self._placed_anew(reading, segment, left))
+        with self._lock:
+            self._queue.put_back(self._placed_anew(reading, segment, self._vacate(reading, segment, puts)))
             self._sign_again()
 
-    def _unqueue(self, segment: Segment) -> list[Put]:
-        """Takes all rows out of the queue that wait for a segment."""
-        waiting = [task for task in self._tasks if isinstance(task, Put) and task.segment is segment]
-        self._tasks = deque([task for task in self._tasks if not (isinstance(task, Put) and task.segment is segment)])
-        self._queued -= sum(map(_size_of, waiting))
-        return waiting
-
-    def _requeue(self, puts: list[Put]) -> None:
-        """Puts rows in front of all others."""
-        self._tasks.extendleft(reversed(puts))
-        self._queued += sum(map(_size_of, puts))
+    def _vacate(self, reading: Reading, segment: Segment, puts: list[Put]) -> list[tuple[Put, Places]]:
+        """Takes all rows from a segment that wait for it; which of them still count."""
+        waiting = [*puts, *self._queue.withdraw(segment)]
+        left = [(put, reading.left_of(segment, put.first, put.keys)) for put in waiting]
+        reading.give_up(segment, b"".join([put.keys for put in waiting]))
+        return left
 
     def _placed_anew(self, reading: Reading, segment: Segment, left: list[tuple[Put, Places]]) -> list[Put]:
         """The same rows, as far as they still count, on their way to another segment."""
@@ -439,17 +343,13 @@ class Writing:
         if self._sign is not None:
             self._admission.release(self._sign)
 
-    def _abort(self, kind: str, reason: str, tasks: list[Any]) -> None:
+    def _abort(self, kind: str, reason: str, tasks: list[Task]) -> None:
         """Gives up all rows that wait, and writes nothing for a while; what was committed stays readable."""
-        with self._lock, self._state:
-            waiting = [task for task in self._tasks if isinstance(task, Put)]
-            self._tasks = deque([task for task in self._tasks if not isinstance(task, Put)])
-            self._queued -= sum(map(_size_of, waiting))
-            concerned = {task.segment: task.reading for task in [*waiting, *tasks] if isinstance(task, Put)}
-            for segment, reading in {
-                **{segment: pair[0] for segment, pair in self._writers.items()},
-                **concerned,
-            }.items():
+        with self._lock:
+            waiting = [*self._queue.withdraw(), *(task for task in tasks if isinstance(task, Put))]
+            concerned = {segment: reading for segment, (reading, _) in self._writers.items()}
+            concerned |= {put.segment: put.reading for put in waiting}
+            for segment, reading in concerned.items():
                 self.refused += reading.give_up(segment)
             self._paused_until = time.monotonic() + _PAUSE
             text = (
@@ -494,10 +394,6 @@ def abandon_all() -> None:
     for writing in list(_running):
         writing.abandon()
     _running.clear()
-
-
-def _size_of(task: Task) -> int:
-    return task.matrix.nbytes + len(task.keys) if isinstance(task, Put) else 0
 
 
 def _follow(puts: list[Put], rows: int) -> bool:

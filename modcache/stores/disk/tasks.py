@@ -1,0 +1,176 @@
+"""What waits to be done by the thread that writes: in order, and bounded in bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from .reading import Reading
+    from .segment import Segment
+
+__all__ = ["Drop", "Facts", "Put", "Queue", "Sync", "Task", "Use"]
+
+_JOINED: Final = 8 << 20  # bytes of puts to one segment that are taken together
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Rows that have a place in a segment and wait to be written there.
+
+    Args:
+        reading: of their namespace.
+        segment: that they have a place in.
+        first: number of the first row.
+        keys: of the rows, joined.
+        matrix: their bytes.
+        sums: their checksums, joined, or nothing where these are not known yet.
+        stamp: when they were put.
+        buffer: the memory that the matrix is in.
+    """
+
+    reading: Reading
+    segment: Segment
+    first: int
+    keys: bytes
+    matrix: npt.NDArray[np.uint8]
+    sums: bytes
+    stamp: int
+    buffer: npt.NDArray[np.uint8]
+
+    @property
+    def size(self) -> int:
+        """The bytes that count against the bound of the queue."""
+        return self.matrix.nbytes + len(self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Keys whose rows shall not count any more, for anybody."""
+
+    reading: Reading
+    segment: Segment
+    keys: bytes
+    stamp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is to be written into the manifest of a namespace."""
+
+    folder: str
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A namespace was used."""
+
+    reading: Reading
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """All that came before is to survive a power cut."""
+
+    done: threading.Event
+
+
+Task = Put | Drop | Facts | Use | Sync
+
+
+class Queue:
+    """Tasks of any number of threads for one.
+
+    Args:
+        most: bytes of rows that may wait; one larger batch may wait alone.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.bytes = 0
+        self.stopping = False
+        self._most = most
+        # Re-entrant, because a finaliser may stop the thread in the middle of anything.
+        self._state = threading.Condition(threading.RLock())
+        self._tasks: deque[Task] = deque()
+        self._alone = 0  # tasks that are taken one by one
+
+    def wait_for_room(self, size: int, is_taken: Callable[[], bool]) -> None:
+        """Waits until so many bytes may be queued, as long as somebody takes any."""
+        with self._state:
+            while self.bytes and self.bytes + size > self._most and is_taken():
+                self._state.wait(1.0)
+
+    def push(self, task: Task) -> bool:
+        """Adds a task behind all others; False where nobody will do it any more."""
+        with self._state:
+            if not self.stopping:
+                self._tasks.append(task)
+                self.bytes += _size_of(task)
+                self._state.notify_all()
+            return not self.stopping
+
+    def take(self, idle: Callable[[], None], patience: float) -> list[Task]:
+        """The next task, or several puts to one segment; nothing when it was stopped and is empty.
+
+        Args:
+            idle: called when nothing came for a while.
+            patience: how long that is, in seconds.
+        """
+        with self._state:
+            while not self._tasks:
+                if self.stopping:
+                    return []
+                if not self._state.wait(patience):
+                    idle()
+            taken, size = [self._tasks.popleft()], 0
+            first = taken[0]
+            if self._alone:
+                self._alone -= 1
+                return taken
+            while isinstance(first, Put) and self._tasks and size < _JOINED:
+                after = self._tasks[0]
+                if not isinstance(after, Put) or after.segment is not first.segment:
+                    break
+                size += after.size
+                taken.append(self._tasks.popleft())
+            return taken
+
+    def done(self, tasks: Sequence[Task]) -> None:
+        """What was taken does not wait any more."""
+        with self._state:
+            self.bytes -= sum(map(_size_of, tasks))
+            self._state.notify_all()
+
+    def withdraw(self, segment: Segment | None = None) -> list[Put]:
+        """Takes out all rows that wait for a segment, or with None all rows."""
+        with self._state:
+            puts = [task for task in self._tasks if isinstance(task, Put) and segment in (None, task.segment)]
+            gone = set(map(id, puts))
+            self._tasks = deque([task for task in self._tasks if id(task) not in gone])
+            self.done(puts)
+            return puts
+
+    def put_back(self, puts: Sequence[Put], *, alone: bool = False) -> None:
+        """Puts rows in front of all others, where they are taken one by one if so asked."""
+        with self._state:
+            self._tasks.extendleft(reversed(puts))
+            self.bytes += sum(put.size for put in puts)
+            self._alone = len(puts) if alone else self._alone
+
+    def stop(self) -> None:
+        """Takes in nothing more."""
+        with self._state:
+            self.stopping = True
+            self._state.notify_all()
+
+
+def _size_of(task: Task) -> int:
+    return task.size if isinstance(task, Put) else 0
