@@ -65,11 +65,15 @@ def verify(
     checked = [
         (folder, [_check(directory, folder, segment, more) for segment in folder.segments]) for folder in folders
     ]
-    broken = [(folder, found) for folder, found in checked if any(one.what is not None for one in found)]
+    broken = [folder.folder for folder, found in checked if any(one.what is not None for one in found)]
     mended: set[tuple[str, str]] = set()
     if repair and broken:
         with at_work(directory) as work:
-            for folder, found in broken:
+            # Looked at again: somebody else may have mended or moved it until the lock was had.
+            checked = [(folder, found) for folder, found in checked if folder.folder not in broken]
+            for folder in survey(directory, broken):
+                found = [_check(directory, folder, segment, lambda _: None) for segment in folder.segments]
+                checked.append((folder, found))
                 mended |= {(folder.folder, title) for title in _repair(work, folder, found)}
     return VerifyReport(
         directory=str(directory.path),

@@ -35,10 +35,10 @@ def clear(path: str | os.PathLike[str], namespace: str) -> ClearReport:
         OSError: it cannot be written, or somebody else is at it.
     """
     directory = opened(path)
-    found = next((folder for folder in survey(directory) if folder.namespace == namespace), None)
-    if found is None:
-        raise UsageError(f"There is no namespace {namespace!r} in {str(directory.path)!r}.")
     with at_work(directory) as work:
+        found = next((folder for folder in survey(directory) if folder.namespace == namespace), None)
+        if found is None:
+            raise UsageError(f"There is no namespace {namespace!r} in {str(directory.path)!r}.")
         rows = standing_of(found.segments).rows
         freed = work.remove(found, found.segments)
         work.forget(found)
@@ -69,12 +69,12 @@ def forget(
     if any(len(key) != KEY_BYTES for key in keys):
         raise UsageError(f"A key has {KEY_BYTES} bytes, which are {2 * KEY_BYTES} hexadecimal digits.")
     unwanted, directory = frozenset(keys), opened(path)
-    folders = survey(directory)
     found: set[bytes] = set()
     rows = rewritten = 0
     waiting: list[str] = []
     unreadable: list[str] = []
     with at_work(directory) as work:
+        folders = survey(directory)  # under the lock: what others write anew meanwhile would be overlooked
         for number, folder in enumerate(folders):
             held = {one.title: _held(one, unwanted) for one in folder.segments}
             found.update(*held.values())

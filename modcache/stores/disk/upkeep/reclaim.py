@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -47,7 +48,7 @@ class Compaction:
         rows = sum(
             int(flags.sum()) * segment.row_bytes for segment, flags in zip(self.segments, self.keep, strict=True)
         )
-        return ROWS_HEAD_BYTES + rows + sum(segment.log_bytes for segment in self.segments)
+        return ROWS_HEAD_BYTES + rows + sum(segment.log_end for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +110,21 @@ def gc(
         if limit is not None and not limit >= 0:
             raise UsageError(f"{name} is a limit of 0 or more; found {limit!r}")
     directory = opened(path)
-    folders = survey(directory)
-    plans = plan_gc(folders, time.time(), max_bytes, older_than)
-    before = sum(folder.bytes for folder in folders)
     waiting: list[str] = []
-    if dry_run:
-        after = sum(plan.bytes_after for plan in plans)
-    else:
-        with at_work(directory) as work:
+    # What is planned on must not change: others who reclaim have done so by then, or are kept out.
+    with contextlib.nullcontext() if dry_run else at_work(directory) as work:
+        folders = survey(directory)
+        plans = plan_gc(folders, time.time(), max_bytes, older_than)
+        before = after = sum(folder.bytes for folder in folders)
+        if work is None:
+            after = sum(plan.bytes_after for plan in plans)
+        else:
             for number, plan in enumerate(plans):
                 waiting += _carry_out(work, plan)
                 if progress is not None:
                     progress(number + 1, len(plans))
             _sweep(work, folders)
-        after = sum(folder.bytes for folder in survey(directory))
+            after = sum(folder.bytes for folder in survey(directory))
     return GcReport(
         directory=str(directory.path),
         dry_run=dry_run,

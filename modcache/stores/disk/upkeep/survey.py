@@ -191,6 +191,7 @@ def survey_folder(directory: Directory, folder: str, last_used: float = 0.0) -> 
 
 def _read(directory: Directory, folder: str, name: SegmentName) -> SegmentFacts:
     place = directory.place_of(folder)
+    alive = directory.is_alive(name.writer)  # before anything is looked at: who is dead by now changes it no more
     sizes, changed = {}, 0.0
     for file in (name.log, name.rows):
         try:
@@ -200,7 +201,6 @@ def _read(directory: Directory, folder: str, name: SegmentName) -> SegmentFacts:
         if stat.S_ISREG(found.st_mode):
             sizes[file], changed = found.st_size, max(changed, found.st_mtime)
     log_bytes, rows_bytes = sizes.get(name.log, 0), sizes.get(name.rows, 0)
-    alive = directory.is_alive(name.writer)
 
     def nothing(problem: str | None, header: SegmentHeader | None = None) -> SegmentFacts:
         return SegmentFacts(name, alive, header, problem, (), (), 0, log_bytes, rows_bytes, changed)
@@ -225,7 +225,10 @@ def _read(directory: Directory, folder: str, name: SegmentName) -> SegmentFacts:
     except DamageError as error:
         return nothing(str(error))
     except FileNotFoundError:  # half a pair, or it was unlinked just now
-        return nothing("its rows file is missing" if log_bytes > start > 0 and not alive else None)
+        half = (
+            log_bytes > start > 0 and not alive and os.path.lexists(place / name.log)
+        )  # whoever unlinks begins with it
+        return nothing("its rows file is missing" if half else None)
     except OSError as error:
         return nothing(f"it cannot be read: {error.strerror}")
     frames, end = parse_frames(data, header.segment, start, 0, most)
