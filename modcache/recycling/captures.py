@@ -49,15 +49,15 @@ def capture(
     except Reached:
         pass
     if run.arguments is None:
-        raise not_reached(at, run.cut_calls)
+        raise not_reached(at, run.call, run.cut_calls)
     return Found(run, dict(located(run.arguments)))
 
 
-def not_reached(at: str, calls: int) -> CutError:
+def not_reached(at: str, call: int, calls: int) -> CutError:
     """The cut was not reached; to be raised."""
     if calls:
         return CutError(
-            f"{at} is called {calls} time{'s' if calls > 1 else ''} in this forward: there is no call={calls} of it. "
+            f"{at} is called {calls} time{'s' if calls > 1 else ''} in this forward: there is no call={call} of it. "
             f"Give a lower call= (the first is 0)."
         )
     return CutError(
@@ -94,7 +94,7 @@ def rows_of_capture(plan: Plan, found: Found) -> tuple[torch.Tensor, ...]:
         except KeyError:
             raise CutError(f"{plan.at}: {stored} is not given on this call. Cut at an earlier submodule.") from None
         assert stored.axis is not None
-        tensors.append(to_rows(value, stored.axis))
+        tensors.append(to_rows(value.detach(), stored.axis))
     return tuple(tensors)
 
 

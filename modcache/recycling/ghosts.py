@@ -79,6 +79,7 @@ class Ghost(torch.Tensor):
     source: Origin | Derived
     value: torch.Tensor | None
     meta: torch.Tensor | None
+    wants_grad: bool
 
     @staticmethod
     def __new__(cls, sheet: Sheet, spec: Spec, source: Origin | Derived, meta: torch.Tensor | None = None) -> Self:
@@ -86,7 +87,7 @@ class Ghost(torch.Tensor):
         made: Any = torch.Tensor._make_wrapper_subclass(
             cls, spec.shape, strides=spec.stride, dtype=spec.dtype, device=spec.device
         )
-        made.sheet, made.source, made.value, made.meta = sheet, source, None, meta
+        made.sheet, made.source, made.value, made.meta, made.wants_grad = sheet, source, None, meta, False
         return made  # type: ignore[no-any-return]
 
     def __init__(self, *args: Any) -> None:
@@ -215,10 +216,11 @@ def _meta_of(tensor: torch.Tensor) -> torch.Tensor:
 def _imagined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sheet: Sheet) -> Any:
     """What an operation gives, by the rules of the meta device: ghosts again."""
     name = name_of(func)
-    if name in _DEMANDS or (name == "__set__"):
-        raise _demanded(sheet, func, args, kwargs)
-    if name == "requires_grad_":
+    if name in ("requires_grad", "requires_grad_") and type(args[0]) is Ghost:
+        args[0].wants_grad = bool((*args[1:], *kwargs.values(), True)[0])
         return args[0]
+    if name in _DEMANDS:
+        raise _demanded(sheet, func, args, kwargs)
     known: dict[int, torch.Tensor] = {}
     metas: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
@@ -231,12 +233,17 @@ def _imagined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     with torch.inference_mode(False):
         inner, options = mapped(args, to_meta), mapped(kwargs, to_meta)
     first = next(ghost for _, ghost in located((args, kwargs), Ghost))
-    device = _spec(first).device
+    before = device = _spec(first).device
+    run = func
     if name in _MOVES or "device" in options:
         inner, options, device = _placed(name, args, inner, options, device)
+    if name in _MOVES - {"type", "to"}:
+        run, options = torch.Tensor.to, {"dtype": inner[0].dtype}
+    if device != before:
+        options = {**options, "copy": True} if run is torch.Tensor.to else options
     try:
         with torch.inference_mode(False), torch.no_grad():
-            result = func(*inner, **options)
+            result = run(*inner, **options)
     except Exception as error:
         raise _demanded(sheet, func, args, kwargs, error) from None
     for tensor, meta, version in metas:
@@ -273,9 +280,11 @@ def _placed(
         device = torch.device(options["device"])
         options["device"] = "meta"
     if name == "cpu":
-        return inner, options, torch.device("cpu")
+        return inner[:1], {}, torch.device("cpu")
     if name in ("cuda", "xpu"):
-        return inner[:1], {}, torch.device(name, torch.cuda.current_device() if name == "cuda" else 0)
+        given = args[1] if len(args) > 1 else None
+        place = name if given is None else f"{name}:{given}" if isinstance(given, int) else given
+        return inner[:1], {}, torch.device(place)
     if name == "to":
         rest: list[Any] = []
         for given, meta in zip(args[1:], inner[1:], strict=True):

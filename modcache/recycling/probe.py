@@ -210,7 +210,7 @@ class _Probe:
             live = frozenset(called for called in found.capture.templates if called not in feeding)
             self.full(self.taken([self.places[0]] * self.count))  # what was hidden away in the first run is overwritten
             known = found.capture.outputs if self.extra else {}
-            values = {step: found.values[step].clone() for step in ghostly}
+            values = {step: found.values[step].detach().clone() for step in ghostly}
             known = {called: mapped(output, torch.clone) for called, output in known.items()}
             run = Resume(self.call, found.capture.templates, live, frozenset(), values, {}, known)
             run.fires = self.fires
@@ -248,7 +248,7 @@ class _Probe:
         if run.error is not None:
             raise run.error
         if not run.reached:
-            raise not_reached(self.at, 0)
+            raise not_reached(self.at, self.call, 0)
         return output
 
     def _refuse_padding(self, plan: Plan, batch: Arguments) -> None:
@@ -267,7 +267,7 @@ class _Probe:
         output, found = self.full(arguments), self.captured(arguments)
         tensors = {}
         for stored in plan.stored:
-            value = value_in(found, stored.source).clone()
+            value = value_in(found, stored.source).detach().clone()
             if stored.axis is not None:
                 rows = to_rows(value, stored.axis)
                 if rows.dim() > 1 and rows.shape[1] == tokens.width:
@@ -368,7 +368,7 @@ class _Probe:
             if made_of:
                 what = str(source) if isinstance(source, Origin) else f"a tensor that {self.at} is given"
                 raise CutError(
-                    f"{what} is the same for all rows of the first batch, though it is made of {', '.join(made_of)}, so "
+                    f"{what} is the same for all rows of the first batch, though it is made of {', '.join(made_of)}: "
                     "rows depend on each other. Cut at an earlier submodule."
                 )
 

@@ -59,7 +59,7 @@ class Capture:
     """
 
     def __init__(self, call: int, keep: AbstractSet[Called] | None = None, trace: Trace | None = None) -> None:
-        self._call = call
+        self.call = call
         self._keep = keep
         self._trace = trace
         self._counts: Counter[str] = Counter()
@@ -75,7 +75,7 @@ class Capture:
         self._counts[place.path] += 1
         if place.cut:
             self.cut_calls += 1
-            if number == self._call:
+            if number == self.call:
                 self.arguments = args, kwargs
                 raise Reached
         before = self._hidden(args, kwargs)
@@ -227,7 +227,7 @@ class Resume:
                 CutError(f"{path} is given other tensors from before the cut than when this kind of call was probed.")
             )
         for step, ghost in ghosts:
-            ghost.value = self._values[step]
+            ghost.value = self._values[step].requires_grad_() if ghost.wants_grad else self._values[step]
         self.reached = True
 
     @contextlib.contextmanager

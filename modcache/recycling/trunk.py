@@ -55,7 +55,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.at, self.call, self.stored = plan.at, plan.call, tuple(map(str, plan.per_row))
         self.model = pruned
-        self.eval()
+        self.training = False  # not eval(), which would ask the modules, whose modes are noted later
 
     def forward(self, **inputs: Any) -> Any:
         """The tensors that cross the cut, for these rows."""

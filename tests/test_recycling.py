@@ -1,0 +1,332 @@
+"""The verbs of recycling: what they refuse, what they tell, and what they undo."""
+
+import copy
+import inspect
+import os
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+
+import modcache
+from modcache import (
+    CacheWarning,
+    CutError,
+    MemoryStore,
+    UsageError,
+    UsageTypeError,
+    cache_of,
+    is_cached,
+    recycle,
+    uncached,
+)
+
+
+class Small(nn.Module):
+    """A stem, a trunk, a tower beside it, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.low, self.mid, self.head = (nn.Linear(4, 4) for _ in range(4))
+        self.tower, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+        self.rows = 0
+
+    def forward(self, x, labels=None):
+        side = self.tower(x)
+        out = self.head(self.mid(self.low(self.drop(self.stem(x)).relu())) + side)
+        return out if labels is None else (out, (out.sum(1) - labels).square().mean())
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Small()
+
+
+BATCH = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+
+
+def test_a_cut_that_was_not_probed_says_so(model):
+    """Before the first batch, the cut is known by its name; the namespace is not known."""
+    recycle(model, at="mid")
+    assert not cache_of(model).cut.probed
+    assert "not probed" in str(cache_of(model).cut)
+    with pytest.raises(CutError, match=r"mid.*not probed"):
+        cache_of(model).namespace  # noqa: B018 - asking is the test
+    with pytest.raises(CutError, match="batch="):
+        cache_of(model).contains(BATCH)
+
+
+def test_the_cut_tells_its_facts(model):
+    """What is frozen, stored, in the key, and beside the trunk."""
+    recycle(model, at="mid", batch=(BATCH,))
+    cut = cache_of(model).cut
+    assert cut.frozen == ("low.bias", "low.weight", "stem.bias", "stem.weight")
+    assert (cut.tied, cut.bystanders, cut.inputs) == ((), ("tower",), ("x",))
+    assert [(one.shape, one.dtype, one.row_bytes) for one in cut.stored] == [((4,), "float32", 16)]
+    assert cut.row_bytes == 16
+    assert "bystanders: tower" in str(cut)
+    assert repr(cache_of(model)).startswith("Cache(Small from mid")
+    assert cache_of(model).manifest["cut"] == "mid"
+    assert cache_of(modcache.cached_module(nn.Linear(2, 2), freeze=True)).cut is None
+
+
+def test_the_handle_takes_the_arguments_of_the_model(model):
+    """Rows are looked up, explained, forgotten and dropped by what the model is called with."""
+    recycle(model, at="mid", batch=(BATCH,))
+    model(BATCH)
+    cache = cache_of(model)
+    assert cache.contains(BATCH) == [True] * 6
+    assert cache.contains(x=BATCH + 1) == [False] * 6
+    assert all(one.hit for one in cache.explain(BATCH))
+    assert cache.forget(BATCH[:2]) == 2
+    assert cache.contains(BATCH) == [False] * 2 + [True] * 4
+    assert cache.recheck() is False
+    assert cache.clear() == 4
+    assert len(cache.namespace) == 32
+    cache.flush()
+    cache.close()
+    model(BATCH)
+    assert cache.stats.bypassed == 6
+
+
+def test_flags_and_gradients_are_put_back(model):
+    """`uncached` undoes class, gradients and modes, also where some were off before."""
+    model.low.weight.requires_grad_(False)
+    model.stem.eval()
+    before = {name: value.requires_grad for name, value in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    recycle(model, at="mid", batch=(BATCH,))
+    assert is_cached(model)
+    assert not model.drop.training
+    uncached(model)
+    assert type(model) is Small
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == before
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_the_cut_moves(model):
+    """Moved upwards, more is frozen; moved down, what was frozen above learns again; rows of both cuts stay."""
+    store = MemoryStore()
+    recycle(model, at="low", batch=(BATCH,), store=store)
+    model(BATCH)
+    recycle(model, at="mid", batch=(BATCH,))
+    model(BATCH)
+    assert cache_of(model).store is store
+    assert len(store.namespaces()) == 2
+    assert "low.weight" in cache_of(model).cut.frozen
+    recycle(model, at="low", batch=(BATCH,))
+    assert model.low.weight.requires_grad
+    assert not model.stem.weight.requires_grad
+    before = cache_of(model).stats.computed
+    model(BATCH)
+    assert cache_of(model).stats.computed == before
+    uncached(model)
+    assert all(value.requires_grad for value in model.parameters())
+
+
+def test_a_probe_that_fails_leaves_the_model_as_it_was(model):
+    """With `batch=`, a refusal changes nothing."""
+    with pytest.raises(CutError, match="not called"):
+        recycle(Unused(), at="spare", batch=(BATCH,))
+    with pytest.raises(CutError, match="call=3"):
+        recycle(model, at="mid", call=3, batch=(BATCH,))
+    assert type(model) is Small
+    assert not is_cached(model)
+    assert all(value.requires_grad for value in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+class Unused(Small):
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Linear(4, 4)
+
+
+OPTIONS = [
+    ({"at": 3}, UsageTypeError, "at must be the name"),
+    ({"at": "mid", "call": -1}, UsageError, "negative"),
+    ({"at": "mid", "call": True}, UsageTypeError, "whole number"),
+    ({"at": "mid", "extra": 1}, UsageTypeError, "extra must be"),
+    ({"at": "mid", "prepare": len}, UsageError, "prepare"),
+    ({"at": "mid", "per_row": False}, UsageError, "per_row"),
+    ({"at": "mid", "freeze": True}, UsageError, "frozen anyway"),
+    ({"at": "mid", "exta": True}, UsageTypeError, "did you mean extra="),
+    ({"at": "mid", "verify": 3}, UsageError, "verify"),
+    ({"at": "mdi"}, CutError, "nearest names are mid"),
+    ({"at": ""}, CutError, "cut at itself"),
+    ({"at": "stem"}, None, ""),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "says"), OPTIONS, ids=[str(options) for options, *_ in OPTIONS])
+def test_options_that_cannot_be_right(model, options, error, says):
+    """Misuse is told at once, in the words of the user."""
+    if error is None:
+        with pytest.raises(CutError, match="nothing to store"):
+            recycle(model, **options, batch=(BATCH,))
+    else:
+        with pytest.raises(error, match=says):
+            recycle(model, **options)
+    assert type(model) is Small
+
+
+def test_layers_of_caching_do_not_mix(model):
+    """A cached model is not recycled, and a recycled one is not cached as a whole."""
+    with pytest.raises(CutError, match="uncached"):
+        recycle(modcache.cached_module(copy.deepcopy(model), freeze=True), at="mid")
+    with pytest.raises(UsageError, match="recycled"):
+        modcache.cached_module(recycle(model, at="mid"))
+    with pytest.raises(UsageTypeError):
+        recycle(Small, at="mid")
+
+
+def test_copies_and_pickles(model):
+    """A copy shares the store and is undone alone; a pickle finds out anew."""
+    recycle(model, at="mid", batch=(BATCH,))
+    wanted = model.eval()(BATCH)
+    other, again = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for one in (other, again):
+        assert torch.equal(one(BATCH), wanted)
+        assert cache_of(one).cut.probed
+        assert all(value.requires_grad for value in uncached(one).parameters())
+    assert cache_of(model).cut.probed
+    assert not model.stem.weight.requires_grad
+
+
+def test_a_warning_stands_at_the_users_line():
+    """What is frozen by a tie is warned about where the model was called or recycled."""
+
+    class Tied(Small):
+        def __init__(self):
+            super().__init__()
+            self.head.weight = self.stem.weight
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CacheWarning)
+        recycle(Tied(), at="mid", batch=(BATCH,))
+        line = inspect.currentframe().f_lineno - 1
+    (one,) = [one for one in caught if issubclass(one.category, CacheWarning)]
+    assert "head.weight (tied to stem.weight)" in str(one.message)
+    assert (one.filename, one.lineno) == (__file__, line)
+
+
+def test_labels_and_other_kinds_of_calls(model):
+    """Labels are not in the key; a call without them is of another kind, with rows of its own."""
+    recycle(model, at="mid")
+    model(BATCH, labels=torch.zeros(6))
+    model(BATCH, labels=torch.ones(6))
+    assert (cache_of(model).stats.computed, cache_of(model).stats.hits) == (6, 6)
+    model(BATCH)
+    assert cache_of(model).stats.computed == 12
+
+
+# --- a BERT ---------------------------------------------------------------------------------------------
+
+
+def bert(kind=BertForSequenceClassification):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, num_labels=3
+    )
+    return kind(config).double()
+
+
+def texts(lengths, width, labels=True):
+    generator = torch.Generator().manual_seed(sum(lengths))
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(1, 60, (len(lengths), 20), generator=generator)[:, :width] * mask
+    more = {"labels": torch.randint(0, 3, (len(lengths),), generator=generator)} if labels else {}
+    return {"input_ids": ids, "attention_mask": mask, **more}
+
+
+def frozen(model, layers):
+    for module in (model.bert.embeddings, *model.bert.encoder.layer[:layers]):
+        module.requires_grad_(False).eval()
+    return model
+
+
+def test_a_bert_trains_as_with_a_frozen_trunk():
+    """Losses and gradients are the same bits as those of the un-recycled model whose lower layers are frozen."""
+    plain, model = frozen(bert().train(), 2), recycle(bert().train(), at="bert.encoder.layer.2")
+    for batch in (texts([5, 7, 3], 8), texts([5, 7, 3], 8), texts([2, 4], 4), texts([6, 6, 6, 6], 6)):
+        torch.manual_seed(1)
+        wanted = plain(**batch)
+        wanted.loss.backward()
+        torch.manual_seed(1)
+        found = model(**batch)
+        found.loss.backward()
+        assert torch.equal(found.loss, wanted.loss)
+        for (name, one), (_, other) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+            assert (one.grad is None) == (other.grad is None), name
+            assert one.grad is None or torch.equal(one.grad, other.grad), name
+
+
+def test_token_rows_hit_whatever_their_padding():
+    """With key="tokens", a text that was padded to another length is served, and the result is the same."""
+    plain, model = bert().eval(), recycle(bert().eval(), at="bert.encoder.layer.2", key="tokens")
+    model(**texts([3, 5, 4], 6, labels=False))
+    computed = cache_of(model).stats.computed
+    for width in (5, 6, 9):
+        batch = texts([3, 5, 4], width, labels=False)
+        torch.testing.assert_close(model(**batch).logits, plain(**batch).logits, rtol=0, atol=1e-12)
+    assert cache_of(model).stats.computed == computed
+
+
+class MeanOfAll(nn.Module):
+    """A head that looks at masked positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.low, self.head = nn.Embedding(60, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, input_ids, attention_mask):
+        return self.head(self.low(self.table(input_ids)) + 0).mean(1)
+
+
+def test_padding_that_matters_is_refused():
+    """A head that looks at masked positions is not given zeros there; token by token it need not be asked."""
+    batch = texts([3, 5, 4], 6, labels=False)
+    with pytest.raises(CutError, match="masked positions"):
+        recycle(MeanOfAll(), at="head", key="tokens", batch=batch)
+    recycle(MeanOfAll(), at="head", batch=batch)
+    recycle(bert(BertForTokenClassification), at="bert.encoder.layer.2", key="tokens", batch=batch)
+
+
+# --- processes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """A group of this process alone."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without torch.distributed")
+    monkeypatch.setitem(os.environ, "MASTER_ADDR", "127.0.0.1")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_distributed_data_parallel(model):
+    """Recycled before, a wrapped model trains; late freezing and recycling inside are refused with the way out."""
+    wrap = nn.parallel.DistributedDataParallel
+    late, inside = copy.deepcopy(model), copy.deepcopy(model)
+    recycle(model, at="mid", batch=(BATCH,))
+    wrapped = wrap(model)
+    for _ in range(2):
+        wrapped(BATCH).sum().backward()
+    assert cache_of(model).stats.hits == 6
+    outer = wrap(recycle(late, at="mid"))
+    with pytest.raises(CutError, match=r"batch=\.\.\."):
+        outer(BATCH)
+    outer = wrap(inside)
+    with pytest.raises(CutError, match="wrap the model then"):
+        recycle(inside, at="mid", batch=(BATCH,))
+    with pytest.raises(CutError, match="inside of it"):
+        recycle(outer, at="module.mid")
