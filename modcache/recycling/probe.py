@@ -327,7 +327,9 @@ class _Probe:
         trunk = tuple(sorted({path for path, _ in feeding}))
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         fed = {mark.name for mark in marks if mark.kind == "parameter"}
-        frozen = {name for name in parameters if name in fed or _lies_in(name, stubs)}
+        # What is worked out anew on each call, a parameter that is handed to the cut, feeds it all the same.
+        anew = {mark.name for mark in self.trace.all_marks(list(found.values.values())) if mark.kind == "parameter"}
+        frozen = {name for name in parameters if name in fed | anew or _lies_in(name, stubs)}
         tied = {id(parameters[name]) for name in frozen}
         frozen |= {name for name, value in parameters.items() if id(value) in tied}
         buffers = {mark.name for mark in marks if mark.kind == "buffer"}
