@@ -19,7 +19,7 @@ from .names import Directory, SegmentName, folder_of
 from .segment import Segment, check_rows, read_header
 from .statements import Statements
 
-__all__ = ["Reading", "count_rows"]
+__all__ = ["Reading"]
 
 _NO_ROWS: Final = Layout("null", ())
 _TRIES: Final = 8  # files that vanish under our hands, again and again
@@ -343,22 +343,3 @@ class Reading:
         group.drop(segment, self._descriptors)
         if not group.segments:
             del self._groups[segment.layout]
-
-
-def count_rows(directory: Directory, folder: str) -> tuple[str, int] | None:
-    """The namespace in a folder and its number of rows; None where no log tells its name."""
-    names = (_namespace_in(directory, folder, segment) for segment in directory.segments(folder))
-    namespace = next((name for name in names if name is not None), None)
-    if namespace is None:
-        return None
-    reading = Reading(directory, namespace, Descriptors(), mapped=False)
-    reading.refresh()
-    return namespace, len(reading)
-
-
-def _namespace_in(directory: Directory, folder: str, segment: SegmentName) -> str | None:
-    try:
-        read = read_header(directory, folder, segment)
-    except (OSError, DamageError):
-        return None
-    return None if read is None else read[0].namespace

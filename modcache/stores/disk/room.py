@@ -10,11 +10,12 @@ from typing import Final
 
 from .names import CATALOGUE, Directory
 
-__all__ = ["Census", "Usage", "floor_of", "grant", "looks_of", "reserved", "take_census", "to_drop"]
+__all__ = ["IN_USE", "Census", "Usage", "floor_of", "grant", "looks_of", "reserved", "take_census", "to_drop"]
 
 _LARGEST_FLOOR: Final = 1 << 30
 _FLOOR_SHARE: Final = 20
-_IN_USE: Final = 3600.0  # seconds
+IN_USE: Final = 3600.0
+"""Seconds for which what was used is not dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def to_drop(usages: Iterable[Usage], needed: int, now: float, spared: frozenset[
     ['older', 'old']
     """
     unused = (
-        usage for usage in usages if usage.folder not in spared and usage.bytes and now - usage.last_used > _IN_USE
+        usage for usage in usages if usage.folder not in spared and usage.bytes and now - usage.last_used > IN_USE
     )
     dropped: list[str] = []
     for usage in sorted(unused, key=lambda usage: usage.last_used):

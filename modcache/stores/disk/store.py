@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,13 +19,15 @@ from ..budget import memory_here
 from ..incoming import check_batch, last_of_each
 from ..protocol import Found, StoreStats
 from . import room
+from .counting import Count, Counts
 from .descriptors import Descriptors
 from .manifest import read_manifest
 from .names import Directory, folder_of
-from .reading import Reading, count_rows
+from .reading import Reading
 from .records import matrix_of
+from .sharing import note, shared
 from .tasks import Drop, Facts, Put, Use
-from .writing import Writing, abandon_all, close_all, merged
+from .writing import Writing, merged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -98,7 +98,7 @@ class DiskStore:
         self._said: set[str] = set()
         self._closed = False
         self._begin()
-        _stores.add(self)
+        note(self)
 
     def _begin(self) -> None:
         """Everything that belongs to one process; a forked child begins anew."""
@@ -106,7 +106,7 @@ class DiskStore:
         self._lock = threading.RLock()
         self._descriptors = Descriptors()
         self._readings: dict[str, Reading] = {}
-        self._counts: dict[str, _Count] = {}
+        self._counts = Counts(self._directory)
         self._described: dict[str, dict[str, Any]] = {}
         self._used: dict[str, float] = {}
         self._stamp = 0
@@ -305,9 +305,9 @@ class DiskStore:
         with self._lock:
             if self._closed or not self._may_write():
                 return
-            known = merged(self._described.get(namespace), facts)
+            known = merged(self._described.get(namespace), {"namespace": namespace, **facts})
             self._described[namespace] = known
-            self._writing.push(Facts(folder_of(namespace), {"namespace": namespace, **known}))
+            self._writing.push(Facts(folder_of(namespace), known))
 
     def manifest(self, namespace: str) -> dict[str, Any] | None:
         """What was described of a namespace, by any process."""
@@ -384,7 +384,7 @@ class DiskStore:
                     self._said.add(kind)
                     warn(text)
 
-    def _count_all(self) -> list[_Count]:
+    def _count_all(self) -> list[Count]:
         with self._lock:
             if self._closed:
                 return []
@@ -392,30 +392,9 @@ class DiskStore:
             counts = []
             for reading in loaded.values():
                 reading.refresh()
-                counts.append(_Count((), reading.namespace, len(reading)))
-            others = [self._count(folder) for folder in self._directory.folders() if folder not in loaded]
+                counts.append(Count(reading.namespace, len(reading)))
+            others = [self._counts.of(folder) for folder in self._directory.folders() if folder not in loaded]
             return counts + [count for count in others if count is not None]
-
-    def _count(self, folder: str) -> _Count | None:
-        """The rows of a namespace that nobody asked for yet; they are counted again when a file has changed."""
-        looks = room.looks_of(self._directory.place_of(folder))
-        known = self._counts.get(folder)
-        if known is not None and known.looks == looks:
-            return known
-        counted = count_rows(self._directory, folder)
-        if counted is None:
-            return None
-        count = self._counts[folder] = _Count(looks, *counted)
-        return count
-
-
-@dataclass(frozen=True, slots=True)
-class _Count:
-    """How many rows a namespace has, and how its files looked when they were counted."""
-
-    looks: tuple[object, ...]
-    namespace: str
-    rows: int
 
 
 def _queue_bytes() -> int:
@@ -432,13 +411,6 @@ def _checked(count: int | None, name: str, least: int, nothing: str) -> int | No
     return count
 
 
-# --- one process ----------------------------------------------------------------------------------------
-
-_stores: weakref.WeakSet[DiskStore] = weakref.WeakSet()
-_shared: weakref.WeakValueDictionary[Path, DiskStore] = weakref.WeakValueDictionary()
-_opening = threading.Lock()
-
-
 def open_directory(path: str | os.PathLike[str]) -> DiskStore:
     """The store of a directory, the same for all who ask in one process as long as somebody holds it.
 
@@ -446,31 +418,15 @@ def open_directory(path: str | os.PathLike[str]) -> DiskStore:
         UsageError: the path is that of a file.
         FormatVersionError: the directory was written by a newer modcache.
     """
-    with _opening:
-        place = Path(os.path.realpath(path))
-        store = _shared.get(place)
-        if store is None or store.closed:
-            store = _shared[place] = DiskStore(path)
-        return store
+    return shared(path, lambda: DiskStore(path))
 
 
 def _reopened(cls: type[DiskStore], path: str, max_bytes: int | None, mmap: bool, keep_free: int | None) -> DiskStore:
     """The store that a pickle was of: the one that is open here, if it has the same options."""
-    store = _shared.get(Path(path))
+
+    def make() -> DiskStore:
+        return cls(path, max_bytes=max_bytes, mmap=mmap, keep_free=keep_free)
+
+    store = shared(path, make)
     options = {"max_bytes": max_bytes, "mmap": mmap, "keep_free": keep_free}
-    if store is not None and type(store) is cls and not store.closed and store.options == options:
-        return store
-    return cls(path, **options)  # type: ignore[arg-type]
-
-
-def _after_fork_in_child() -> None:
-    global _opening
-    _opening = threading.Lock()
-    abandon_all()
-    for store in list(_stores):
-        store.begin_anew()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
-atexit.register(close_all)
+    return store if type(store) is cls and store.options == options else make()

@@ -152,7 +152,8 @@ class Queue:
     def withdraw(self, segment: Segment | None = None) -> list[Put]:
         """Takes out all rows that wait for a segment, or with None all rows."""
         with self._state:
-            puts = [task for task in self._tasks if isinstance(task, Put) and segment in (None, task.segment)]
+            puts = [task for task in self._tasks if isinstance(task, Put)]
+            puts = [put for put in puts if segment is None or put.segment is segment]
             gone = set(map(id, puts))
             self._tasks = deque([task for task in self._tasks if id(task) not in gone])
             self.done(puts)

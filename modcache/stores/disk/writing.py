@@ -20,12 +20,14 @@ from ..index import KEY_BYTES, Places, cut_keys
 from .admission import Admission
 from .appending import GoneError, SegmentWriter
 from .catalogue import Catalogue, Entry
+from .counting import count_rows
 from .forks import undisturbed
 from .frames import SegmentHeader
 from .manifest import read_manifest, write_manifest
 from .names import CATALOGUE, ROWS_FOLDER, Directory, SegmentName, new_writer
-from .reading import Reading, count_rows
+from .reading import Reading
 from .records import Buffers
+from .room import IN_USE
 from .tasks import Drop, Facts, Put, Queue, Sync, Task, Use
 
 if TYPE_CHECKING:
@@ -321,11 +323,13 @@ class Writing:
                 self._catalogue.note(reading.namespace, Entry(use.at, len(reading), reading.row_bytes))
 
     def _spared(self, reading: Reading) -> frozenset[str]:
+        now = time.time()
+        self._uses = {folder: at for folder, at in self._uses.items() if now - at <= IN_USE}
         return frozenset({reading.folder, *self._uses})
 
     def _note_dropped(self, folder: str) -> None:
         counted = count_rows(self._directory, folder)
-        self.evicted += 0 if counted is None else counted[1]
+        self.evicted += 0 if counted is None else counted.rows
 
     def _sync(self) -> None:
         folders = set()

@@ -1,0 +1,93 @@
+"""The queue of what is to be written: in order, joined where that helps, bounded in bytes."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+
+from modcache.stores.disk.tasks import Put, Queue, Sync
+
+
+def put(segment, number, rows=2):
+    matrix = np.zeros((rows, 100), np.uint8)
+    return Put(None, segment, number, bytes(16 * rows), matrix, b"", number, matrix)
+
+
+def drained(queue):
+    """Batches of the numbers of puts, or "sync", until the queue is empty."""
+    queue.stop()
+    batches = []
+    while tasks := queue.take(lambda: None, 0.01):
+        batches.append([task.first if isinstance(task, Put) else "sync" for task in tasks])
+        queue.done(tasks)
+    return batches
+
+
+A, B = SimpleNamespace(), SimpleNamespace()
+
+
+def test_puts_to_one_segment_are_taken_together():
+    """Neighbouring puts to one segment are one batch; anything in between parts them, and the order stays."""
+    queue = Queue(1 << 20)
+    for task in (put(A, 0), put(A, 1), put(B, 2), put(A, 3), Sync(threading.Event()), put(A, 4)):
+        assert queue.push(task)
+    assert queue.bytes == 5 * (200 + 32)
+    assert drained(queue) == [[0, 1], [2], [3], ["sync"], [4]]
+    assert queue.bytes == 0
+    assert not queue.push(put(A, 5)), "a stopped queue takes nothing in"
+
+
+def test_withdrawn_and_put_back():
+    """Rows of a segment are taken out, and come back in front of all others, one by one if so asked."""
+    queue = Queue(1 << 20)
+    for task in (put(A, 0), put(B, 1), put(A, 2)):
+        queue.push(task)
+    withdrawn = queue.withdraw(A)
+    assert [task.first for task in withdrawn] == [0, 2]
+    assert queue.bytes == 232
+    queue.put_back(withdrawn, alone=True)
+    assert drained(queue) == [[0], [2], [1]]
+    assert queue.bytes == 0
+
+
+def test_withdrawing_all_leaves_other_tasks():
+    """When all rows are taken out, the rest is still done."""
+    queue = Queue(1 << 20)
+    for task in (put(A, 0), Sync(threading.Event()), put(B, 1)):
+        queue.push(task)
+    assert len(queue.withdraw()) == 2
+    assert drained(queue) == [["sync"]]
+
+
+def test_who_puts_waits_for_room():
+    """A put waits while the queue is full, until some of it is done, or nobody takes any more."""
+    queue, through = Queue(500), threading.Event()
+    queue.push(put(A, 0))
+    queue.push(put(A, 1))
+
+    def wait():
+        queue.wait_for_room(100, lambda: True)
+        through.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert not through.wait(0.1)
+    queue.done(queue.take(lambda: None, 0.01))
+    assert through.wait(5)
+    thread.join()
+    queue.push(put(A, 2, rows=50))  # larger than the bound: alone it may wait
+    queue.wait_for_room(100, lambda: False)
+
+
+def test_idle():
+    """Who takes is told that nothing came for a while."""
+    queue, told = Queue(500), []
+
+    def idle():
+        told.append(1)
+        queue.stop()
+
+    assert queue.take(idle, 0.01) == []
+    assert told == [1]
