@@ -75,7 +75,8 @@ class Grid:
     def fit(self, number: int, count: int) -> int:
         """Makes room for so many rows of a segment; the number of its first row on the grid."""
         slot = self._slots.get(number)
-        if slot is not None and count <= slot.room:
+        # With room for the head too: else the last page of this file would be mapped over the next one's first.
+        if slot is not None and count + self._head_rows <= slot.room:
             return slot.start
         room = self._rounded(count if slot is None else max(count, 2 * slot.room))
         if slot is not None and slot.start + slot.room == self._used and slot.start + room <= len(self.sums):
@@ -101,6 +102,7 @@ class Grid:
         assert self._range is not None
         done = slot.mapped * self._row_bytes // _PAGE * _PAGE if slot.mapped else 0
         end = ROWS_HEAD_BYTES + count * self._row_bytes
+        assert end <= slot.room * self._row_bytes, (count, slot)  # beyond lies the next segment
         if not self._range.map(slot.start * self._row_bytes + done, end - done, file, done):
             self._mapped, self.rows, self._range = False, None, None
             return False
