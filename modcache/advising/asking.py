@@ -25,7 +25,8 @@ from .blocks import blocks_of, named_candidates
 from .costs import AdvisedCut, Costs, Size, advised_cut
 from .parting import Found, checked, parted, partings_of, shared_parameters
 from .reading import Disk, disk_of, gather_seconds
-from .steps import Reached, Steps, clock_of, reached_calls, timed_steps
+from .steps import Steps, timed_steps
+from .watching import Reached, clock_of, reached_calls
 
 __all__ = ["advise"]
 

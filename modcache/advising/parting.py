@@ -15,7 +15,8 @@ from ..errors import CacheWarning, CutError
 from ..recycling import arguments_of, check_model, recycle
 from ..recycling.runs import Called
 from ..wrap import cache_of
-from .steps import Parting, Reached
+from .steps import Parting
+from .watching import Reached
 
 __all__ = ["Found", "checked", "parted", "partings_of", "shared_parameters"]
 
