@@ -89,16 +89,20 @@ def ids_of(number: int, length: int) -> torch.Tensor:
 
 
 def text(rows: Sequence[int], length: int = 6, pad: int = 0, labels: bool = True) -> dict[str, Any]:
-    """Token rows, padded on the right; about half of the batches have labels."""
+    """Token rows, padded on the right."""
     mask = (torch.arange(length) < torch.tensor([3 + number % (length - 2) for number in rows])[:, None]).long()
     ids = torch.stack([ids_of(number, length) for number in rows]) * mask + pad * (1 - mask)
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    return batch | {"labels": torch.tensor([number % 2 for number in rows])} if labels and rows[0] < 2 else batch
+    return batch | {"labels": torch.tensor([number % 2 for number in rows])} if labels else batch
+
+
+def text_sometimes_labelled(rows: Sequence[int]) -> dict[str, Any]:
+    return text(rows, labels=rows[0] in (0, 1, 12))
 
 
 def causal(rows: Sequence[int]) -> dict[str, Any]:
     batch = text(rows, labels=False)
-    return batch | {"labels": batch["input_ids"]} if rows[0] < 2 else batch
+    return batch | {"labels": batch["input_ids"]}
 
 
 def seq2seq(rows: Sequence[int]) -> dict[str, Any]:
@@ -107,8 +111,7 @@ def seq2seq(rows: Sequence[int]) -> dict[str, Any]:
 
 
 def pixels(rows: Sequence[int], size: int = 8) -> dict[str, Any]:
-    batch = {"pixel_values": torch.stack([row(number, 3, size, size) for number in rows])}
-    return batch | {"labels": torch.tensor([number % 2 for number in rows])} if rows[0] < 2 else batch
+    return plain_pixels(rows, size) | {"labels": torch.tensor([number % 2 for number in rows])}
 
 
 def plain_pixels(rows: Sequence[int], size: int = 8) -> dict[str, Any]:
@@ -174,14 +177,16 @@ family(
     ("bert.encoder", "works"),
     ("bert.embeddings", "refused"),
     ("bert.embeddings.dropout", "works"),
-    (Fast("bert.encoder.layer.1.intermediate"), "refused"),
-    (Fast("bert.encoder.layer.1.intermediate"), "works", EXTRA),
+    Fast("bert.encoder.layer.1.intermediate"),
+    ("bert.encoder.layer.1.intermediate.intermediate_act_fn", "refused"),
+    (Fast("bert.encoder.layer.1.intermediate.intermediate_act_fn"), "works", EXTRA),
     "bert.encoder.layer.1.output",
-    ("bert.encoder.layer.1.attention.self", "refused"),
-    ("bert.encoder.layer.1.attention.self", "works", EXTRA),
+    "bert.encoder.layer.1.attention.self",
+    ("bert.encoder.layer.1.attention.output", "works"),
     "bert.pooler",
     Fast("classifier"),
 )
+family("BERT, labels at times", BERT(), text_sometimes_labelled, Fast("bert.encoder.layer.2"))
 family("BERT, eager attention", BERT(attn_implementation="eager"), text, "bert.encoder.layer.1")
 family(
     "BERT, all states",
@@ -195,7 +200,7 @@ family(
     BERT(output_attentions=True, attn_implementation="eager"),
     text,
     ("bert.encoder.layer.1", "refused"),
-    ("bert.encoder.layer.1", "works", EXTRA),
+    ("bert.encoder.layer.1", "either", EXTRA),
 )
 family(
     "BERT, masked words",
@@ -273,8 +278,10 @@ family(
     text_and_pixels,
     Fast("vision_model.encoder.layers.1"),
     Fast("text_model.encoder.layers.1"),
-    "visual_projection",
-    "text_projection",
+    ("visual_projection", "refused"),
+    ("visual_projection", "works", EXTRA),
+    ("text_projection", "refused"),
+    ("text_projection", "works", EXTRA),
 )  # fmt: skip
 family("SigLIP", tiny("SiglipModel", "SiglipConfig", text_config=SIZES, vision_config=VISION), text_and_pixels,
        "vision_model.encoder.layers.1", "text_model.encoder.layers.1")  # fmt: skip
@@ -329,7 +336,8 @@ family(
     ("model.encoder", "either"),
     ("model.encoder.layers.1", "either", EXTRA),
     ("model.decoder.layers.1", "either", EXTRA),
-    Fast("class_labels_classifier"),
+    (Fast("class_labels_classifier"), "refused"),
+    (Fast("class_labels_classifier"), "either", EXTRA),
 )  # fmt: skip
 
 family(
@@ -340,7 +348,8 @@ family(
     Fast("encoder.block.1"),
     "encoder.final_layer_norm",
     Fast("decoder.block.1"),
-    "lm_head",
+    ("lm_head", "refused"),
+    ("lm_head", "works", EXTRA),
 )  # fmt: skip
 _SEQ2SEQ: dict[str, Any] = {
     "vocab_size": 50, "d_model": 16, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 2,
@@ -354,8 +363,10 @@ family(
     Fast("model.encoder.layers.1"),
     "model.decoder.layers.1",
     "model.decoder.layers.0",
-    ("model.decoder.layers.1.encoder_attn", "refused"),
-    "lm_head",
+    "model.decoder.layers.1.encoder_attn",
+    ("model.decoder.layers.1.fc1", "refused"),
+    ("lm_head", "refused"),
+    ("lm_head", "works", EXTRA),
 )
 family(
     "Whisper",
@@ -364,7 +375,8 @@ family(
     spectrum,
     "model.encoder.layers.1",
     Fast("model.decoder.layers.1"),
-    "proj_out",
+    ("proj_out", "refused"),
+    ("proj_out", "works", EXTRA),
 )  # fmt: skip
 for _speech in ("Wav2Vec2", "Hubert"):
     family(
@@ -623,7 +635,8 @@ class Graph(nn.Module):
 
 family("U-Net", UNet, pictures, (Fast("middle"), "refused"), (Fast("middle"), "works", EXTRA),
        ("up2", "works", EXTRA), "out")  # fmt: skip
-family("ResNet of torchvision", TorchvisionResNet, pictures, Fast("layer2"), "layer2.1", "layer2.0.relu", "fc",
+family("ResNet of torchvision", TorchvisionResNet, pictures, Fast("layer2"), "layer2.1", "fc",
+       ("layer2.0.relu", "works", N1),
        ("layer2.0.conv2", "refused"))  # fmt: skip
 family("DenseNet", DenseNet, pictures, ("layers.2", "refused"), (Fast("layers.2"), "works", EXTRA), "norm")
 family("LSTM", Recurrent, series, Fast("lstm2"), "fc")

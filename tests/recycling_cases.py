@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests import (
     recycling_models_calls,
     recycling_models_kinds,
+    recycling_models_python,
     recycling_models_shapes,
     recycling_models_state,
 )
@@ -12,4 +13,10 @@ from tests.recycling_models import CASES
 
 __all__ = ["CASES", "FILES"]
 
-FILES = (recycling_models_calls, recycling_models_kinds, recycling_models_shapes, recycling_models_state)
+FILES = (
+    recycling_models_calls,
+    recycling_models_kinds,
+    recycling_models_python,
+    recycling_models_shapes,
+    recycling_models_state,
+)

@@ -114,6 +114,10 @@ class Plain(Parts):
     """A chain."""
 
 
+BELOW = frozenset({"stem.weight", "stem.bias", "low.weight", "low.bias"})
+"""What is frozen in most models here."""
+
+
 @hazard("refused", at="spare")
 class NeverReached(Parts):
     """A cut that no call comes by."""
@@ -244,10 +248,19 @@ class CutTensorInOutput(Parts):
 
     def forward(self, x: torch.Tensor) -> Any:
         h = self.below(x)
-        return {"out": self.above(self.mid(h)), "h": h, "again": (h, Opaque(h=h))}
+        return {"out": self.above(self.mid(h)), "h": h, "again": (h, [h])}
 
 
-@hazard()
+@hazard("either")
+class OpaqueOutputOfTheCut(Parts):
+    """What enters the cut is given back in an object that no tree looks into."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.below(x)
+        return self.above(self.mid(h)), Opaque(h=h)
+
+
+@hazard("either")
 class IdentityCut(Parts):
     """The cut gives its input back, and the model asks whether it did."""
 
@@ -416,10 +429,11 @@ class TwoOutputs(Parts):
         return self.above(self.mid(h)) + aux.mean(1, keepdim=True)
 
 
-hazard(name="TwoOutputsExtra", extra=True)(TwoOutputs)
+BOTH = frozenset(f"both.{layer}.{name}" for layer in ("one", "two") for name in ("weight", "bias"))
+hazard(name="TwoOutputsExtra", extra=True, frozen=BOTH)(TwoOutputs)
 
 
-@hazard("either", extra=True)
+@hazard("either", extra=True, frozen=BOTH)
 class AuxiliaryLoss(TwoOutputs):
     """A module below gives a number for the whole batch beside its rows."""
 

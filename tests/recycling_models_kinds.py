@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.models import DataOutput, EncodedOutput
 from tests.recycling_models import (
+    BELOW,
     CASES,
     Parts,
     Plain,
@@ -135,11 +136,11 @@ class Pruned(Parts):
 class LowRank(nn.Module):
     """A linear layer with an adapter."""
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear, dropout: float = 0.2) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.a, self.b = nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
-        self.drop = nn.Dropout(0.2)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base(x) + self.b(self.a(self.drop(x)))
@@ -198,7 +199,7 @@ class Labels(Parts):
 def labels_at_times(rows: Sequence[int]) -> Batch:
     """Some batches have labels, some a factor for the trunk, some both."""
     batch: dict[str, Any] = {"x": vectors(rows)[0]}
-    if rows[0] in (0, 1):
+    if rows[0] in (0, 1, 12):
         batch["labels"] = torch.tensor([number % 2 for number in rows])
     if rows[0] in (1, 3, 7):
         batch["factor"] = 2.0
@@ -320,7 +321,11 @@ class NotATensor:
 
 @hazard("either", batch=lambda rows: (*vectors(rows), NotATensor()))
 class StrangeArgument(Parts):
-    """An argument has no key, and is not used."""
+    """An argument has no key, and is not used: calls may be run as if they were not recycled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor, context: Any) -> torch.Tensor:
         return super().forward(x)
@@ -583,7 +588,7 @@ class LayerDropped(Parts):
         return self.above(h)
 
 
-@hazard("either", quiet_glue=True)
+@hazard("either", quiet_glue=True, frozen=BELOW)
 class LayerDroppedBelow(Parts):
     """A layer below is left out at random, in training only."""
 

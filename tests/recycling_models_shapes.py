@@ -419,9 +419,13 @@ class CutWritesItsInput(Parts):
 class HeadWritesCutTensor(Parts):
     """The head writes into what entered the cut."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid = nn.Tanh()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.below(x)
-        z = self.mid(h.clone())
+        z = self.mid(h)
         h[:, 0] = 0
         h.relu_()
         return self.above(z + h)

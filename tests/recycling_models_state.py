@@ -307,18 +307,16 @@ class LastTimesState(Parts):
         self.stem = LastTimesState.Keeper()
 
 
-@hazard("either", peek=lambda model: (model.calls, model.sizes))
+@hazard("either", peek=lambda model: model.calls)
 class CountsItsCalls(Parts):
-    """The model counts its calls and notes their sizes, which changes nothing that it computes."""
+    """The model counts its calls, which changes nothing that it computes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
-        self.sizes: list[int] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        self.sizes.append(len(x))
         return super().forward(x)
 
 
@@ -367,7 +365,7 @@ demanding("BranchOnUnique", lambda a: len(torch.unique(a > 0)) == 1)
 demanding("BranchOnMaximum", lambda a: int(a.argmax()) % 2)
 demanding("BranchOnEqual", lambda a: torch.equal(a, a.abs()))
 demanding("BranchOnClose", lambda a: torch.allclose(a, a.round()))
-demanding("BranchOnText", lambda a: "-" in repr(a))
+demanding("BranchOnText", lambda a: repr(a).count("-") % 2)
 demanding("BranchOnIteration", lambda a: any(bool((one > 0).all()) for one in a))
 demanding("BranchOnContains", lambda a: 0.5 in a)
 demanding("BranchOnShape", lambda a: a.shape[0] > 2, "refused")  # rows would depend on the size of their batch
@@ -382,11 +380,11 @@ demanding("BranchOnIdentity", lambda a: len({id(a), id(a), id(a.T)}) == 2, "eith
 
 @hazard("refused", batch=sequences)
 class BranchInside(Parts):
-    """A module below scales its whole batch when one row is large."""
+    """A module below scales its whole batch when one row is large, as none of the first batch is."""
 
     class Scaling(Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if x.abs().max() > 2.4:
+            if x.abs().max() > 2.2:
                 x = x / x.abs().max()
             return super().forward(x)
 
@@ -395,7 +393,7 @@ class BranchInside(Parts):
         self.stem = BranchInside.Scaling()
 
 
-@hazard()
+@hazard("either")
 class AsksTypeAfterCut(Parts):
     """What entered the cut is asked for its exact class afterwards."""
 

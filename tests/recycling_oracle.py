@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import random
 import re
@@ -23,7 +24,8 @@ Batch = tuple[Any, ...] | dict[str, Any]
 class Case:
     """A model, where it is parted, and what may come of that.
 
-    ``frozen`` names the parameters that feed the cut where autograd cannot tell; ``quiet_glue`` says that an ancestor
+    ``frozen`` and ``below`` name the parameters and the modules that feed the cut where autograd cannot tell, or that
+    feed what ``extra`` stores; ``quiet_glue`` says that an ancestor
     of the cut drops out by itself what feeds the cut, which in a trunk is off; ``peek`` reads what a user would look
     at after a call; ``says`` is in the message of a refusal; ``act`` changes the model half-way; ``alone`` is false
     where the plain model cannot take a single row, and ``plays`` where it takes no hooks: there only a refusal counts.
@@ -36,6 +38,7 @@ class Case:
     expect: str = "works"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     frozen: frozenset[str] | None = None
+    below: frozenset[str] = frozenset()
     quiet_glue: bool = False
     trains: bool = True
     size: int = 4
@@ -258,7 +261,7 @@ def _what_feeds(case: Case, *, inputs_too: bool) -> Fed:
         for name, found in outputs
         if any((one.grad_fn is not None and one.grad_fn in graph) or id(one) in given for one in tensors(found))
     )
-    return Fed(parameters if case.frozen is None else case.frozen, modules)
+    return Fed(parameters if case.frozen is None else case.frozen, modules | case.below)
 
 
 def ancestry(value: Any) -> set[Any]:
@@ -342,7 +345,7 @@ def steps_of(case: Case, train_first: bool) -> list[Step]:
 
 def play(model: nn.Module, case: Case, steps: Sequence[Step]) -> Iterator[Record]:
     """Run the steps, and give what each did; outputs and inputs are ruined afterwards, as a user may."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.is_floating_point()], lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.is_floating_point()], lr=0.01, momentum=0.9)
     for place, step in enumerate(steps):
         if case.act is not None and place == len(steps) // 2:
             case.act(model)
@@ -519,15 +522,15 @@ def _judged(
             under.uncached(model)
     except Exception as problem:
         return Verdict("crashed", f"uncached: {type(problem).__name__}: {problem}")
-    after = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    after = {name: parameter.requires_grad for name, parameter in model.named_parameters() if name in trainable}
     if verdict.kind in ("works", "refused") and case.act is None and (type(model) is not kind or after != trainable):
         return Verdict("wrong", f"not undone: {type(model)}, requires_grad {after} instead of {trainable}")
     return verdict
 
 
 def _compared(model: nn.Module, case: Case, under: Under, steps: list[Step], expected: list[Record]) -> Verdict | None:
-    known: set[int] = set()
-    settled = {True: 0, False: 0}
+    known: collections.defaultdict[Any, set[int]] = collections.defaultdict(set)
+    settled: collections.Counter[Any] = collections.Counter()
     if not case.plays:
         call(model, case.batch(steps[0].rows))
         return Verdict("wrong", "was not refused")
@@ -536,12 +539,17 @@ def _compared(model: nn.Module, case: Case, under: Under, steps: list[Step], exp
         where = f"step {place} ({'train' if step.train else 'eval'}, rows {list(step.rows)})"
         if told := difference(found, wanted, case.tolerance):
             return Verdict("crashed" if found.error else "wrong", f"{where}: {told}")
-        new = len(set(step.rows) - known)
-        # The first two calls of each mode may probe; from then on rows are counted.
-        if under.counts and case.act is None and wanted.seen and settled[step.train] >= 2 and found.seen != new:
-            return Verdict("wrong", f"{where}: the trunk saw {found.seen} rows, {new} were new")
-        known.update(step.rows)
-        settled[step.train] += 1
+        batch = case.batch(step.rows)
+        names = tuple(batch) if isinstance(batch, dict) else len(batch)
+        form = (step.train, names)
+        # Calls with other keywords may have rows of their own.
+        most, least = len(set(step.rows) - known[names]), len(set(step.rows).difference(*known.values()))
+        # The first calls of each form may probe, and a block that runs above the cut, too, tells nothing.
+        counts = under.counts and case.act is None and wanted.seen == len(step.rows) and settled[form] >= 2
+        if counts and not least <= found.seen <= most:
+            return Verdict("wrong", f"{where}: the trunk saw {found.seen} rows, {most} were new")
+        known[names].update(step.rows)
+        settled[form] += 1
     return None
 
 

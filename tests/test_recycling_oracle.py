@@ -104,11 +104,10 @@ def naive(model: nn.Module, case: Case) -> None:
     module_at(model, case.at).register_forward_pre_hook(cut)
 
 
-@pytest.mark.parametrize("train_first", [True, False])
 @pytest.mark.parametrize("name", RUNNING)
-def test_a_right_recycler_works(name: str, train_first: bool) -> None:
+def test_a_right_recycler_works(name: str) -> None:
     """A model that is only frozen below, and in eval there, equals the oracle at every step."""
-    assert judge(name, right, train_first=train_first) == Verdict("works")
+    assert judge(name, right, train_first=len(name) % 2 == 0) == Verdict("works")
 
 
 @pytest.mark.parametrize("name", ["Plain", "Residuals", "TiedHead", "DirectParameters", "BatchNormBelow", "Adapted"])
