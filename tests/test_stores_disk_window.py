@@ -27,7 +27,7 @@ def write(path, number, row_bytes, count):
 
 
 def take(grid, number, rows):
-    return grid.rows.take((number << ROW_BITS | np.asarray(rows)) + grid.shifts[number], axis=0)
+    return grid.rows.take((number << ROW_BITS | np.asarray(rows, np.int64)) + grid.shifts[number], axis=0)
 
 
 growth = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 400) | st.just(64)), min_size=1, max_size=12)
