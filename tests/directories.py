@@ -93,8 +93,13 @@ def have(store, namespace: str, numbers: Sequence[int], layout: Layout = VECTOR)
     """Which of these rows the store has; each is compared with what it must be."""
     found = answers(store.get(namespace, [key_of(n) for n in numbers]))
     for place, row in found.items():
-        assert row == told(numbers[place], layout), f"row {numbers[place]} of {namespace!r} is wrong"
+        want = told(numbers[place], layout)
+        assert row == want, f"row {numbers[place]} of {namespace!r} is wrong: {_short(row)}, not {_short(want)}"
     return {numbers[place] for place in found}
+
+
+def _short(row: tuple[Layout, list[bytes]]) -> str:
+    return f"{row[0].tree} {[part[:16].hex() for part in row[1]]}"
 
 
 @contextlib.contextmanager
