@@ -19,7 +19,16 @@ from .runs import Capture, Reached
 from .shadow import Shadow, running
 from .trees import Step, located
 
-__all__ = ["Found", "capture", "not_reached", "refuse_coupled", "rows_of_capture", "shapes_of", "value_in"]
+__all__ = [
+    "Found",
+    "capture",
+    "not_reached",
+    "refuse_coupled",
+    "refuse_other_rows",
+    "rows_of_capture",
+    "shapes_of",
+    "value_in",
+]
 
 
 class Found(NamedTuple):
@@ -117,4 +126,22 @@ def refuse_coupled(plan: Plan, shadow: Shadow, forward: Callable[..., Any], aske
             raise CutError(
                 f"{plan.at}: on the way to the cut the model decides by values of the whole batch, and {stored} comes "
                 "out otherwise for a row among other rows. Cut at an earlier submodule, or make the way the same."
+            )
+
+
+def refuse_other_rows(
+    plan: Plan, shadow: Shadow, forward: Callable[..., Any], asked: Asked, stored: tuple[torch.Tensor, ...]
+) -> None:
+    """A single row took a way that was never looked at: is it what is stored of it?
+
+    Raises:
+        CutError: it is not.
+    """
+    with preserved_randomness():
+        found = capture(Capture(plan.call, plan.extras), shadow, forward, asked.arguments, plan.at, Branches())
+    for kept, old, new in zip(plan.per_row, stored, rows_of_capture(plan, found), strict=True):
+        if not agree(old, new, plan.floor):
+            raise CutError(
+                f"{plan.at}: on the way to the cut the model decides by values, and {kept} comes out otherwise for a "
+                "row alone than among others. Cut at an earlier submodule, or make the way the same."
             )

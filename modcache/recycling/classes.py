@@ -69,7 +69,7 @@ def _train(cls: type[nn.Module]) -> Callable[..., Any]:
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         cls.train(self, mode)
         if (found := self.__dict__.get(ATTACHED)) is not None:
-            found.keep_in_eval(self)
+            found.after_train(self)
         return self
 
     return train

@@ -15,7 +15,16 @@ from ..errors import CutError
 from ..keys.registry import is_row
 from .trees import hidden_tensors
 
-__all__ = ["Asked", "asked_of", "first_rows", "inputs_of", "with_inputs", "with_values"]
+__all__ = [
+    "Asked",
+    "asked_of",
+    "first_row",
+    "first_rows",
+    "inputs_of",
+    "rows_in",
+    "with_inputs",
+    "with_values",
+]
 
 _FLAGS = (bool, int, str, type(None))
 
@@ -144,3 +153,19 @@ def with_values(arguments: Arguments, values: Mapping[str, Any]) -> Arguments:
 def first_rows(column: Column, rows: int) -> Any:
     """As many rows of an input that does not matter."""
     return column.value if column.single else column.value[:rows]
+
+
+def first_row(asked: Asked, path: str, value: Any) -> Any:
+    """An input with its first row alone."""
+    for column in asked.batch.columns:
+        if column.path == path:
+            return value if column.single else value[:1]
+    return value
+
+
+def rows_in(asked: Asked, given: Mapping[str, Any]) -> int:
+    """How many rows the inputs of a trunk have."""
+    for column in asked.batch.columns:
+        if column.path in given:
+            return 1 if column.single else len(given[column.path])
+    return asked.batch.size

@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..arguments import Arguments
-from ..batch import items_of
 from ..errors import CutError
-from ..keys.tokens import find_tokens
 from ..selfcheck import preserved_randomness
-from .axes import CoupledError, agree, axis_of, floor_of, from_rows, slopes_of, to_rows
+from .alike import difference
+from .axes import floor_of
 from .branches import Branch, Branches
-from .captures import Found, capture, not_reached, value_in
-from .ghosts import Ghost, Origin, Spec, unwrapped
-from .kinds import Asked, with_values
-from .plan import Asking, Plan, Stored
-from .runs import Called, Capture, Reached, Resume, Template
+from .captures import Found, capture, not_reached
+from .ghosts import Ghost, Origin, unwrapped
+from .kinds import Asked
+from .padding import refuse_padding
+from .plan import Asking, Plan
+from .planning import Evidence, plan_of
+from .runs import Capture, Reached, Resume
+from .sampling import distinct_rows, value_at
 from .shadow import Shadow, running
 from .stashes import Stashes
-from .trace import BY_PYTHON, Mark, Trace
+from .trace import Mark, Trace
 from .trees import Step, located, mapped, same_but_tensors
 from .untouched import seed, untouched
 
 __all__ = ["probe"]
-
-_ROWS = 4
-"""Rows of the first batch that the probe runs on."""
-
-_LOOKED_AT = 64
-"""Rows among which these are looked for."""
-
 
 # --- the probe ------------------------------------------------------------------------------------------
 
@@ -54,8 +48,9 @@ class _Probe:
         tokens: bool,
     ) -> None:
         self.model, self.forward, self.shadow, self.asked = model, forward, shadow, asked
-        self.at, self.call, self.extra, self.tokens = asking.at, asking.call, asking.extra, tokens
-        self.places = _distinct_rows(asked)
+        self.asking, self.tokens = asking, tokens
+        self.at, self.call, self.extra = asking.at, asking.call, asking.extra
+        self.places = distinct_rows(asked)
         self.count = len(self.places)
         if self.count < 2:
             raise CutError(
@@ -91,7 +86,7 @@ class _Probe:
         try:
             plan = self._parted(batch, output)
             if self.tokens:
-                self._refuse_padding(plan, batch)
+                refuse_padding(self, plan, self.asked, batch, self.count)
             return plan, frozenset(self.branches.new | self.branches.irrelevant(plan.inputs))
         except (CutError, MemoryError, torch.OutOfMemoryError):
             raise
@@ -125,9 +120,20 @@ class _Probe:
         marks = trace.all_marks([found.values[step] for step in ghostly])
         extras, marks, after = self._learned(found, ghostly, marks, trace, batch, output)
         stashes.refuse_numbers({mark.name for mark in marks if mark.kind == "module"})
-        stored = [*ghostly, *extras]
-        axes = self._axes(stored, captures)
-        return self._plan(found, captures, stored, axes, marks, after)
+        stored: list[Step | Origin] = [*ghostly, *extras]
+        evidence = Evidence(
+            self.asked,
+            self.asking,
+            captures,
+            self.count,
+            trace,
+            self.floor,
+            stored,
+            marks,
+            after,
+            self.fires,
+        )
+        return plan_of(self.model, evidence)
 
     def _traced(self, batch: Arguments) -> tuple[Trace, Found]:
         trace = self.trace = Trace()
@@ -155,9 +161,9 @@ class _Probe:
     def _leaves(self, asked: Asked) -> Iterator[tuple[str, Any]]:
         """Paths of all inputs, with their values in the call that the probe runs on."""
         for column in self.asked.batch.columns:
-            yield column.path, _at(asked.arguments, column.path)
+            yield column.path, value_at(asked.arguments, column.path)
         for path, _ in self.asked.batch.shared:
-            yield path, _at(asked.arguments, path)
+            yield path, value_at(asked.arguments, path)
 
     def _compare_structures(self, captures: tuple[Found, ...]) -> None:
         full = captures[0]
@@ -223,20 +229,33 @@ class _Probe:
                 continue
             new = [origin for origin in run.needed if origin not in extras]
             extras.update(dict.fromkeys(new))
-            if not new and not self.fires and self.extra and _difference(output, again, self.floor) is not None:
+            if not new and not self.fires and self.extra and difference(output, again, self.floor) is not None:
                 self.fires = True  # hooks of what is skipped may hand values on, as transformers' output_hidden_states
                 continue
             if not new:
                 break
             outputs = [dict(located(found.capture.outputs[o.path, o.number]))[o.place] for o in new]
             marks |= trace.all_marks(outputs)
-        if (differs := _difference(output, again, self.floor)) is not None:
+        if (differs := difference(output, again, self.floor)) is not None:
             raise CutError(
                 f"{self.at}: resumed at the cut, the model gives something else than in full ({differs}). A value from "
                 "before the cut reaches what comes after it by a way that nobody can see (a global, a closure, an "
                 "object, a hook). Cut at a later submodule, or at one that comes before that."
             )
         return list(extras), marks, run.after
+
+    def resumed(
+        self,
+        plan: Plan,
+        found: Found,
+        arguments: Arguments,
+        values: Mapping[Step, torch.Tensor],
+        extras: Mapping[Origin, torch.Tensor],
+    ) -> Any:
+        """What comes after the cut, with these values."""
+        run = Resume(self.call, found.capture.templates, plan.live, frozenset(), values, extras)
+        run.fires = self.fires
+        return self._finished(run, arguments)
 
     def _finished(self, run: Resume, batch: Arguments) -> Any:
         try:
@@ -250,219 +269,6 @@ class _Probe:
         if not run.reached:
             raise not_reached(self.at, self.call, 0)
         return output
-
-    def _refuse_padding(self, plan: Plan, batch: Arguments) -> None:
-        """Is the result the same when the trunk gives zeros at masked positions?"""
-        columns = tuple(column._replace(value=_at(batch, column.path)) for column in self.asked.batch.columns)
-        tokens = find_tokens(self.asked.batch._replace(size=self.count, columns=columns))
-        if tokens is None:
-            return
-        kept = torch.arange(tokens.width) < torch.from_numpy(tokens.lengths)[:, None]
-        if bool(kept.all()) and tokens.width > 1:
-            kept[0, -1] = False  # no row is padded, so one is made shorter
-        values = {column.path: column.value for column in columns}
-        mask = values[tokens.mask]
-        values[tokens.mask] = torch.where(kept.to(mask.device), mask, torch.zeros_like(mask))
-        arguments = with_values(batch, values)
-        output, found = self.full(arguments), self.captured(arguments)
-        tensors = {}
-        for stored in plan.stored:
-            value = value_in(found, stored.source).detach().clone()
-            if stored.axis is not None:
-                rows = to_rows(value, stored.axis)
-                if rows.dim() > 1 and rows.shape[1] == tokens.width:
-                    rows = torch.where(_beside(kept, rows), rows, torch.zeros_like(rows))
-                value = from_rows(rows, stored.axis)
-            tensors[stored.source] = value
-        crossing = {source: value for source, value in tensors.items() if not isinstance(source, Origin)}
-        extras = {source: value for source, value in tensors.items() if isinstance(source, Origin)}
-        run = Resume(self.call, found.capture.templates, plan.live, frozenset(), crossing, extras)
-        run.fires = self.fires
-        again = self._finished(run, arguments)
-
-        def seen(leaf: torch.Tensor) -> torch.Tensor:
-            per_token = leaf.dim() > 1 and leaf.shape[:2] == kept.shape
-            return torch.where(_beside(kept, leaf), leaf, torch.zeros_like(leaf)) if per_token else leaf
-
-        if (differs := _difference(mapped(output, seen), mapped(again, seen), self.floor)) is not None:
-            raise CutError(
-                f'{self.at}: with key="tokens" the trunk gives zeros at masked positions, and what comes after the cut '
-                f"looks at them ({differs}). Leave key= out, or cut at a later submodule."
-            )
-
-    def _axes(self, stored: list[Any], captures: tuple[Found, ...]) -> dict[Any, Any]:
-        axes = {}
-        for source in stored:
-            try:
-                full, turned, first, rest = (value_in(found, source) for found in captures)
-            except KeyError:
-                raise CutError(
-                    f"{self.at}: which tensors it is given depends on which rows are in the batch. Cut at an earlier "
-                    "submodule."
-                ) from None
-            try:
-                axes[source] = axis_of(full, turned, first, rest, self.count, self.floor)
-            except CoupledError as reason:
-                what = str(source) if isinstance(source, Origin) else f"what {self.at} is given"
-                raise CutError(
-                    f"{what} cannot be stored by row: {reason}. Its rows depend on each other, on chance, or on their "
-                    "place. Cut at an earlier submodule, or make the trunk deterministic."
-                ) from None
-        if all(axis is None for axis in axes.values()):
-            raise CutError(f"{self.at}: nothing that crosses the cut has rows. Cut at a later submodule.")
-        return axes
-
-    def _plan(
-        self,
-        found: Found,
-        captures: tuple[Found, ...],
-        stored: list[Any],
-        axes: dict[Any, Any],
-        marks: frozenset[Mark],
-        after: set[str],
-    ) -> Plan:
-        full, _, first, rest = (one.capture for one in captures)
-        feeding = {(mark.name, mark.number) for mark in marks if mark.kind == "module"}
-        stubs = frozenset(called for called in full.templates if called in feeding)
-        trunk = tuple(sorted({path for path, _ in feeding}))
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        fed = {mark.name for mark in marks if mark.kind == "parameter"}
-        # What is worked out anew on each call, a parameter that is handed to the cut, feeds it all the same.
-        anew = {mark.name for mark in self.trace.all_marks(list(found.values.values())) if mark.kind == "parameter"}
-        frozen = {name for name in parameters if name in fed | anew or _lies_in(name, stubs)}
-        tied = {id(parameters[name]) for name in frozen}
-        frozen |= {name for name, value in parameters.items() if id(value) in tied}
-        buffers = {mark.name for mark in marks if mark.kind == "buffer"}
-        inside = {id(value) for name, value in parameters.items() if _lies_in(name, feeding)}
-        first_names = {id(value): name for name, value in reversed(parameters.items())}
-        alone = {
-            name for name in fed if id(parameters[name]) not in inside and first_names[id(parameters[name])] == name
-        }
-        direct = tuple(sorted(alone | {name for name in buffers if not _lies_in(name, feeding)}))
-        slopes = {called: self._slopes(called, full, first, rest) for called in stubs}
-        facts = tuple(_stored(source, axes[source], value_in(found, source)) for source in stored)
-        inputs = tuple(sorted({mark.name for mark in marks if mark.kind == "input"}))
-        self._refuse_shared({source: value_in(found, source) for source in stored if axes[source] is None})
-        return Plan(
-            tag=self.asked.tag,
-            at=self.at,
-            call=self.call,
-            inputs=inputs,
-            stubs=stubs,
-            live=frozenset(called for called in full.templates if called not in feeding),
-            bare=frozenset(full.bare),
-            stored=facts,
-            slopes=slopes,
-            trunk=trunk,
-            twins=frozenset(trunk) & after,
-            direct=direct,
-            frozen=tuple(sorted(frozen)),
-            floor=self.floor,
-            fires=self.fires,
-        )
-
-    def _refuse_shared(self, values: dict[Any, torch.Tensor]) -> None:
-        """What all rows share is stored once, so it must not be made of rows."""
-        rows = {column.path for column in self.asked.batch.columns}
-        for source, value in values.items():
-            marks = self.trace.marks_of(value)
-            made_of = sorted({mark.name for mark in marks if mark.kind == "input" and mark.number != BY_PYTHON} & rows)
-            if made_of:
-                what = str(source) if isinstance(source, Origin) else f"a tensor that {self.at} is given"
-                raise CutError(
-                    f"{what} is the same for all rows of the first batch, though it is made of {', '.join(made_of)}: "
-                    "rows depend on each other. Cut at an earlier submodule."
-                )
-
-    def _slopes(self, called: Called, full: Capture, first: Capture, rest: Capture) -> Any:
-        shapes: list[Template] = [run.templates[called] for run in (full, first, rest)]
-        found = []
-        each = zip(*(_specs(template) for template in shapes), strict=True)
-        for one, alone, others in each:
-            slopes = slopes_of(one.shape, alone.shape, others.shape, self.count)
-            if slopes is None:
-                raise CutError(
-                    f"{called[0]}, which comes before the cut, returns a tensor whose shape depends on which rows are "
-                    f"in the batch ({one.shape}, {alone.shape}, {others.shape}). Cut at an earlier submodule."
-                )
-            found.append(slopes)
-        return tuple(found)
-
-
-def _specs(template: Template) -> list[Any]:
-    return [spec for _, spec in located(template.value, Spec)]
-
-
-def _stored(source: Any, axis: Any, value: torch.Tensor) -> Stored:
-    rows = value if axis is None else to_rows(value, axis)[0]
-    return Stored(source, axis, rows.numel() * rows.element_size(), tuple(rows.shape), rows.dtype)
-
-
-def _lies_in(name: str, modules: Any) -> bool:
-    return any(name.startswith(f"{path}.") for path, _ in modules)
-
-
-def _at(arguments: Arguments, path: str) -> Any:
-    """The value at a path of the arguments."""
-    for name, value in arguments.bound():
-        if path == name:
-            return value
-        if path.startswith((f"{name}.", f"{name}[")):
-            return _inside(value, path[len(name) :])
-    raise AssertionError(f"{path} is no argument")
-
-
-def _inside(value: Any, path: str) -> Any:
-    for step, item in items_of(value):
-        if path == step:
-            return item
-        if path.startswith((f"{step}.", f"{step}[")):
-            return _inside(item, path[len(step) :])
-    return value
-
-
-def _distinct_rows(asked: Asked) -> list[int]:
-    """The first few rows that all differ."""
-    found: list[int] = []
-    for place in range(min(asked.batch.size, _LOOKED_AT)):
-        if not any(_same_row(asked, place, other) for other in found):
-            found.append(place)
-        if len(found) == _ROWS:
-            break
-    return found
-
-
-def _same_row(asked: Asked, place: int, other: int) -> bool:
-    for column in asked.batch.columns:
-        if column.single:
-            continue
-        one, two = column.value[place], column.value[other]
-        if isinstance(one, torch.Tensor | np.ndarray):
-            one, two = torch.as_tensor(one), torch.as_tensor(two)
-            if one.shape != two.shape or not torch.equal(one, two):
-                return False
-        elif one is not two and one != two:
-            return False
-    return True
-
-
-def _beside(kept: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Which positions are kept, in a shape that goes with rows of tokens."""
-    return kept.to(rows.device).reshape(*kept.shape, *(1,) * (rows.dim() - 2))
-
-
-def _difference(one: Any, other: Any, floor: float) -> str | None:
-    """In what two outputs differ."""
-    left, right = list(located(one)), list(located(other))
-    if [step for step, _ in left] != [step for step, _ in right] or not same_but_tensors(one, other):
-        return "another structure"
-    for (step, mine), (_, yours) in zip(left, right, strict=True):
-        where = "".join(f"[{part!r}]" for part in step) or "the output"
-        if mine.shape != yours.shape or mine.dtype != yours.dtype:
-            return f"{where}: shape {tuple(yours.shape)} for {tuple(mine.shape)}"
-        if not agree(mine, yours, floor):
-            return f"{where}: other values"
-    return None
 
 
 def probe(

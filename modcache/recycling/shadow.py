@@ -129,7 +129,7 @@ class Shadow:
         self._made: dict[int, nn.Module] = {}
         self._own: set[int] = set()
         self._copies: list[tuple[nn.Module, nn.Module, dict[str, nn.Module | None], dict[str, Any]]] = []
-        self._model = model
+        self.model = model
         self.skipped: frozenset[str] = frozenset()
         """Modules that only run before the cut, and so not at all when resumed."""
         self.written = set() if written is None else written
@@ -147,7 +147,7 @@ class Shadow:
         return found
 
     def _copy(self, module: nn.Module) -> nn.Module:
-        cls: Any = original_class(type(module)) or type(module) if module is self._model else type(module)
+        cls: Any = original_class(type(module)) or type(module) if module is self.model else type(module)
         other: nn.Module = object.__new__(cls)
         self._made[id(module)] = other
         self._own.add(id(other))
