@@ -330,3 +330,115 @@ def test_distributed_data_parallel(model):
         recycle(inside, at="mid", batch=(BATCH,))
     with pytest.raises(CutError, match="inside of it"):
         recycle(outer, at="module.mid")
+
+
+# --- models in models, and strange calls ----------------------------------------------------------------
+
+
+class Outer(nn.Module):
+    """Holds a model that is recycled by itself."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 4), inner, nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.inner(self.first(x).tanh()))
+
+
+@pytest.mark.parametrize("at", ["inner", "last"])
+def test_a_recycled_model_inside_of_a_recycled_one(model, at):
+    """Both cuts work, whether the inner model is head or trunk of the outer one."""
+    plain = Outer(copy.deepcopy(model)).eval()
+    outer = Outer(recycle(model, at="mid"))
+    outer.load_state_dict(plain.state_dict())
+    recycle(outer.eval(), at=at)
+    for rows in (BATCH, BATCH.flip(0), BATCH[:3]):
+        torch.testing.assert_close(outer(rows), plain(rows))
+    assert cache_of(outer).stats.computed == 6
+    assert cache_of(model).stats.hits > 0 or at == "last"
+
+
+def test_a_model_that_calls_itself(model):
+    """A forward that runs the model's own forward again is one call."""
+
+    class Twice(Small):
+        def forward(self, x, again=True):
+            out = super().forward(x)
+            return out + self(x, again=False) if again else out
+
+    one = Twice().eval()
+    wanted = one(BATCH)
+    recycle(one, at="low", batch=(BATCH,))
+    for _ in range(2):
+        torch.testing.assert_close(one(BATCH), wanted, rtol=0, atol=0)
+    assert cache_of(one).stats.hits == 6
+
+
+def test_modes_are_those_that_the_model_would_have(model):
+    """`train` and `eval` of a recycled model leave the trunk in eval; undone, it has the mode of the rest."""
+    recycle(model, at="mid", batch=(BATCH,))
+    assert model.train().head.training
+    assert not model.drop.training
+    assert not uncached(model.eval()).drop.training
+    recycle(model, at="mid", batch=(BATCH,)).train()
+    assert all(module.training for module in uncached(model).modules())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_call_runs_in_full(model):
+    """`torch.jit.trace` and `torch.func` see the whole model; before a probe, where it would learn, that is refused."""
+    wanted = copy.deepcopy(model).eval()(BATCH)
+    recycle(model.eval(), at="mid")
+    with pytest.raises(CutError, match="batch="):
+        torch.func.vmap(model)(BATCH[:, None])
+    model(BATCH)
+    torch.testing.assert_close(torch.jit.trace(model, (BATCH,), check_trace=False)(BATCH), wanted)
+    torch.testing.assert_close(torch.func.vmap(model)(BATCH[:, None])[:, 0], wanted)
+
+
+def test_numbers_that_change_with_each_call():
+    """A step number among the arguments makes each call one of another kind, and that is said."""
+
+    class Stepped(Small):
+        def forward(self, x, step):
+            return super().forward(x) + step
+
+    stepped = recycle(Stepped().eval(), at="mid")
+    with pytest.raises(CutError, match="another one in each call"):
+        for step in range(100):
+            stepped(BATCH, step)
+
+
+def test_a_single_row_is_never_guessed_from(model):
+    """The first batch must have two different rows; later, a row alone is of a known kind, or runs in full."""
+    recycle(model.eval(), at="mid")
+    for rows in (BATCH[:1], BATCH[:1].expand(3, 4)):
+        with pytest.raises(CutError, match="first batch"):
+            model(rows)
+    model(BATCH)
+    plain = uncached(copy.deepcopy(model))
+    assert torch.equal(model(BATCH[:1]), model(BATCH[:1]))
+    labels = torch.zeros(1)
+    with torch.no_grad():
+        assert torch.equal(model(BATCH[:1], labels)[1], plain(BATCH[:1], labels)[1])
+    assert cache_of(model).stats.bypassed == 1
+    with pytest.raises(CutError, match="one row"):
+        model(BATCH[:1], labels)
+
+
+def test_a_way_that_only_a_row_alone_takes():
+    """A branch that nobody looked at is looked at: a row that comes out otherwise is refused, not served."""
+
+    class Branching(Small):
+        def forward(self, x):
+            h = self.stem(x)
+            if x.abs().max() > 100:
+                h = self.drop(h) * 2
+            return self.head(self.mid(self.low(h)))
+
+    branching = recycle(Branching().eval(), at="mid", batch=(BATCH,))
+    large = BATCH.clone()
+    large[2] = 1000
+    with pytest.raises(CutError, match="decides by values"):
+        branching(large)

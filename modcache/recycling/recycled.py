@@ -32,6 +32,9 @@ from .trunk import Parted, ProbedMemo, TrunkAttached
 __all__ = ["Recycled"]
 
 
+_KINDS = 64
+
+
 class _Local(threading.local):
     shadow: Shadow | None = None
     inside: bool = False
@@ -202,6 +205,11 @@ class Recycled:
             if plan is None:
                 if asked.batch.size < 2 and self.plans and not torch.is_grad_enabled():
                     return None
+                if len(self.plans) >= _KINDS:
+                    raise CutError(
+                        f"{self.memo.name}: its calls are of more than {_KINDS} kinds, so a number or a text among "
+                        "the arguments is another one in each call, and each kind is probed. Pass it as a tensor."
+                    )
                 plan = self._probed(model, cls, asked)
             return plan, self.parted.get(asked.kind) or self.part(model, asked.kind, plan)
 
