@@ -29,7 +29,7 @@ from tests.directories import (
 
 pytestmark = needs_fork
 
-KILLS = 220
+KILLS = 200
 HEX = "0123456789abcdef0123456789abcdef"
 ROOM = 2000
 """Numbers of rows that one life of a writer has for itself."""
@@ -97,21 +97,26 @@ def check_all(store: DiskStore, lives: int) -> int:
 
 
 def killed_at_random(swift_path: Path, kills: int, seed: int) -> dict[str, int]:
-    """Lets writers live for random times, one after another and two at once, and looks after each death."""
+    """Lets writers live for random times, two at once and many one after another, and looks after the deaths."""
     random = np.random.default_rng(seed)
     seen = {"kills": 0, "sure": 0, "rows": 0, "early": 0}
     for block in range(0, kills, 20):
         directory = swift_path / str(block)
         said: list = []
-        for life in range(20):
-            with Child(partial(write, directory, life * ROOM, seed + block + life)) as child:
-                if random.random() < 0.9:  # else it may not even have opened the directory
-                    assert child.hear() == "open"
-                time.sleep(random.exponential(0.015))
-                child.kill()
-                told = child.wait()
-            assert os.WIFSIGNALED(child.status), "it was to be killed, not to end by itself"
-            seen["early"] += len(told) < 2
+        for life in range(0, 20, 2):
+            lives = [partial(write, directory, n * ROOM, seed + block + n) for n in (life, life + 1)]
+            with Child(lives[0]) as first, Child(lives[1]) as second:
+                told: list = []
+                for child in (first, second):
+                    if random.random() < 0.9:  # else it may not even have opened the directory
+                        assert child.hear() == "open"
+                for child in (first, second):
+                    time.sleep(random.exponential(0.008))
+                    child.kill()
+                    said_by = child.wait()
+                    assert os.WIFSIGNALED(child.status), "it was to be killed, not to end by itself"
+                    seen["early"] += len(said_by) < 2
+                    told += said_by
             said += told
             with quiet(0):
                 store = DiskStore(directory)
@@ -127,7 +132,7 @@ def killed_at_random(swift_path: Path, kills: int, seed: int) -> dict[str, int]:
 
 
 def test_kills_at_random_instants(swift_path):
-    """After each of 220 kills every row is right, and every row is there that was flushed before."""
+    """After 200 kills every row is right, and every row is there that was flushed before."""
     seen = killed_at_random(swift_path, KILLS, 1)
     assert seen["kills"] == KILLS
     assert seen["sure"] > KILLS, f"the writers died before they wrote anything: {seen}"

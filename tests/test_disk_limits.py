@@ -499,7 +499,7 @@ def test_each_call_of_the_system_fails(swift_path, lasting):
     calls = count_calls(swift_path)
     assert {"open", "pwrite", "fsync", "mkdir"} & set(calls)
     assert len(calls) > 60
-    step = 1 if SOAK else 7 if lasting else 3
+    step = 1 if SOAK else 9 if lasting else 5
     whole = swift_path / "whole"
     life(whole, NAMES, range(50, 54))
     for number in range(0, len(calls), step):

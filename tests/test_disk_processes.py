@@ -84,8 +84,7 @@ def test_interpreters_one_after_the_other(tmp_path):
     calls, hits, first = said_by(run(FRESH, tmp_path / "cache"))
     assert int(calls) > 0
     assert int(hits) == 0
-    again, inside = run(FRESH, tmp_path / "cache"), run(FRESH, "cache", cwd=tmp_path, env=environment())
-    assert said_by(again) == said_by(inside) == ["0", "8", first]
+    assert said_by(run(FRESH, "cache", cwd=tmp_path, env=environment())) == ["0", "8", first]
     module = cached(tmp_path / "cache")
     assert module(BATCH).numpy().tobytes().hex() == first
     assert module.calls == 0
@@ -247,7 +246,7 @@ def test_a_fork_in_the_middle_of_everything(tmp_path):
         store.close()
 
     try:
-        for number in range(25):
+        for number in range(15):
             with Child(lambda say, number=number: child(say, number)) as forked:
                 forked.wait()
                 assert forked.status == 0
@@ -258,7 +257,7 @@ def test_a_fork_in_the_middle_of_everything(tmp_path):
     store.close()
     assert wrong == []
     with DiskStore(tmp_path) as again:
-        assert have(again, "c", range(25)) == set(range(25))
+        assert have(again, "c", range(15)) == set(range(15))
 
 
 @needs_fork
@@ -463,6 +462,7 @@ def test_workers_of_a_data_loader(tmp_path, early):
         assert store.stats().rows == 8
 
 
+@pytest.mark.soak
 def test_workers_that_are_spawned(tmp_path):
     """The same with a worker that starts from nothing, to which the dataset is sent with its module."""
     dataset = Encoded(tmp_path, early=True)
