@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ NAMED = {case.name: case for case in PAIRS}
 UNDER = Under(recycle, uncached, is_cached, CutError)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()  # its thread outlives a test
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors are not worth a second thread, which costs seconds where other work runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @functools.cache

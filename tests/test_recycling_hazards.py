@@ -58,6 +58,15 @@ MORE = (2, 5, 6, 2, 1)
 COMPILES = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors are not worth a second thread, which costs seconds where other work runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("train_first", [True, False], ids=["training first", "batch given"])
 @pytest.mark.parametrize("name", NAMED)
 def test_hazard(name: str, train_first: bool) -> None:
