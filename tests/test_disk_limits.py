@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from modcache import DiskStore, MemoryStore, TieredStore, cache_of, cached_module
-from modcache.rows import Layout
+from modcache.rows import Layout, Rows
 from tests.directories import (
     ERRORS,
     LARGE,
@@ -585,27 +585,34 @@ def test_folders_that_vanish(swift_path):
 
 
 def test_writing_is_bounded(swift_path):
-    """When the disk is slow, puts wait for it: what is queued does not grow without end."""
-    resource = pytest.importorskip("resource")
-    layout = Layout("*", ((torch.uint8, (1 << 20,)),))
+    """While the disk takes nothing, puts wait for it: what is queued does not grow without end."""
+    layout, batch = Layout("*", ((torch.uint8, (1 << 20,)),)), 16
+    go = threading.Event()
+    put_so_far: list[int] = []
+    rows = Rows(layout, (torch.full((batch, 1 << 20), 7, dtype=torch.uint8),))
+    batches = [[key_of(n) for n in range(start, start + batch)] for start in range(0, 30 * batch, batch)]
 
     def decide(number, name):
-        if name in Faults.WRITES:
-            time.sleep(0.002)
+        go.wait(60)
 
-    def child(say):
-        with Faults(decide, names=Faults.WRITES):
-            store = DiskStore(swift_path)
-            rows = torch.zeros(64, 1 << 20, dtype=torch.uint8)
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            from modcache.rows import Rows
+    with Faults(decide, names=Faults.WRITES), DiskStore(swift_path, keep_free=0) as store:
 
-            for start in range(0, 1024, 64):
-                store.put("a", [key_of(n) for n in range(start, start + 64)], Rows(layout, (rows,)))
-            return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        def fill() -> None:
+            for keys in batches:
+                store.put("a", keys, rows)
+                put_so_far.append(batch << 20)
 
-    (grown,) = fork(child)
-    assert grown < 700, f"{grown} MB were queued of 1024"
+        thread = threading.Thread(target=fill)
+        thread.start()
+        thread.join(1)
+        stalled = sum(put_so_far)
+        go.set()
+        thread.join()
+        store.flush()
+        assert (batch << 20) <= stalled <= (256 + 2 * batch) << 20, f"{stalled >> 20} MB were queued"
+        (found,) = store.get("a", [keys[-1] for keys in batches])
+        assert len(found.positions) == len(batches)
+        assert found.rows.tensors[0].eq(7).all()
 
 
 def test_a_put_waits_for_no_other_process(swift_path):
