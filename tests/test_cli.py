@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
 import struct
 import subprocess
 import sys
@@ -462,3 +463,33 @@ def test_tables():
     assert bytes_text(5 << 40) == "5.0 TiB"
     assert shortest(["same-a", "same-b", "x"], 2) == {"same-a": "same-a", "same-b": "same-b", "x": "x"}
     assert shortest(["abc", "abcdef"], 1) == {"abc": "abc", "abcdef": "abcd"}
+
+
+def test_a_bar_on_a_terminal(run, filled, monkeypatch):
+    """Long work shows how far it is where somebody watches, and nothing of it is left in the end."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # its thread would outlive the test
+    status, out, err = run("verify", filled)
+    assert status == 0
+    assert "nothing is damaged" in out
+    assert "B" in err
+
+
+def test_an_interrupt_has_the_status_of_a_shell(run, filled, monkeypatch):
+    """Ctrl-C ends a command with 130 and no traceback."""
+
+    def interrupted(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modcache.stores.disk.upkeep.listing", interrupted)
+    monkeypatch.setitem(modcache.cli.run._RUN, "ls", interrupted)
+    assert run("ls", filled)[0] == 130
+
+
+def test_python_m_modcache(filled, monkeypatch, capsys):
+    """``python -m modcache`` is the same command."""
+    monkeypatch.setattr(sys, "argv", ["modcache", "ls", str(filled)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("modcache", run_name="__main__")
+    assert stop.value.code == 0
+    assert "Encoder" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Every Python block of the documentation runs, or says why not."""
 
+import logging
 import re
 from pathlib import Path
 
@@ -26,10 +27,14 @@ def blocks(page):
 def test_blocks_run(page, tmp_path, monkeypatch):
     """The blocks of one page run one after the other, in one namespace."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [*logging.getLogger().handlers])
     namespace = {"__name__": f"docs_{page.stem}"}
-    for line, code, excuse in blocks(page):
-        if excuse is None:
-            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    try:
+        for line, code, excuse in blocks(page):
+            if excuse is None:
+                exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    finally:
+        logging.getLogger("modcache").setLevel(logging.NOTSET)  # a page may show how to hear more
 
 
 def test_blocks_are_found():

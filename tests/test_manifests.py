@@ -126,6 +126,28 @@ def test_nonsense_for_a_mark_is_no_mark(nonsense):
     assert torch.equal(again(BATCH), encoder()(BATCH))
 
 
+class Tokens(nn.Module):
+    """One vector a token, and how many tokens there are."""
+
+    def forward(self, input_ids, attention_mask):
+        return (input_ids * attention_mask)[..., None].float().expand(-1, -1, 4)
+
+
+@pytest.mark.parametrize("wrong", [[[1]], [[0], [0]], [[5]]])
+def test_a_mark_that_does_not_fit_the_output_is_no_mark(wrong):
+    """Token dimensions that somebody made up are seen not to fit, and looked for anew."""
+    ids = torch.tensor([[3, 4, 5], [6, 7, 0], [8, 0, 0], [9, 9, 0]])
+    store = Keeping()
+    cached_module(Tokens().eval(), key="tokens", store=store)(ids, (ids > 0).long())
+    (facts,) = store.told.values()
+    assert list(facts["checked"].values()) == [((0,),)]
+    facts["checked"] = dict.fromkeys(facts["checked"], wrong)
+    store.rows = MemoryStore()
+    again = cached_module(Tokens().eval(), key="tokens", store=anew(store))
+    for _ in range(2):
+        assert torch.equal(again(ids, (ids > 0).long()), Tokens()(ids, (ids > 0).long()))
+
+
 class Pairs(nn.Module):
     """Takes no row by itself, which a self-check on two rows does not find out."""
 

@@ -22,7 +22,7 @@ ordinary = st.integers(0, 200).map(lambda seed: np.random.default_rng(seed).byte
 counted = st.integers(0, 300).map(lambda number: number.to_bytes(16, "little"))
 batches = st.sampled_from([fighting, ordinary, counted]).flatmap(
     lambda kind: st.lists(
-        st.tuples(st.sampled_from(["set", "delete", "find"]), st.lists(kind, max_size=40)), max_size=25
+        st.tuples(st.sampled_from(["set", "set joined", "delete", "find"]), st.lists(kind, max_size=40)), max_size=25
     )
 )
 
@@ -33,15 +33,19 @@ def test_like_a_dict(steps, newest):
     """Setting, deleting and finding give what a dict gives, for keys of one bucket and of one tag, too."""
     index, model, clock = KeyIndex(newest), {}, 0
     for what, wanted in steps:
-        if what == "set":
+        if what.startswith("set"):
             places = np.arange(clock, clock + len(wanted)) << 20
             clock += len(wanted)
-            index.set(wanted, places)
+            if what == "set":
+                index.set(wanted, places)
+            else:
+                index.set_joined(b"".join(wanted), places)
             model.update(zip(wanted, places.tolist(), strict=True))
         elif what == "delete":
             assert index.delete(wanted).tolist() == [model.pop(key, -1) for key in wanted]
         else:
-            assert index.find(wanted).tolist() == [model.get(key, -1) for key in wanted]
+            there = [model.get(key, -1) for key in wanted]
+            assert index.find(wanted).tolist() == index.find_joined(b"".join(wanted)).tolist() == there
         assert len(index) == len(model)
     assert sorted(index.keys()) == sorted(model)
     assert index.find(list(model)).tolist() == list(model.values())

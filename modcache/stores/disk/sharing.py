@@ -37,7 +37,7 @@ def shared(path: str | os.PathLike[str], make: Callable[[], DiskStore]) -> DiskS
         return store
 
 
-def _after_fork_in_child() -> None:
+def _after_fork_in_child() -> None:  # pragma: no cover - in a forked child, where coverage does not look
     global _opening
     _opening = threading.RLock()
     abandon_all()

@@ -122,7 +122,7 @@ class DiskStore:
         self._end = weakref.finalize(self, self._writing.stop)
         self._end.atexit = False
 
-    def begin_anew(self) -> None:
+    def begin_anew(self) -> None:  # pragma: no cover - in a forked child, where coverage does not look
         """In a forked child: forgets what the parent has open and what it is about to write."""
         self._end.detach()
         self._descriptors.close()

@@ -148,7 +148,7 @@ class Writing:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def abandon(self) -> None:
+    def abandon(self) -> None:  # pragma: no cover - in a forked child, where coverage does not look
         """In a forked child: what the parent queued and opened is the parent's alone."""
         for _, writer in self._writers.values():
             writer.close()
@@ -393,7 +393,7 @@ def close_all() -> None:
         writing.close()
 
 
-def abandon_all() -> None:
+def abandon_all() -> None:  # pragma: no cover - in a forked child, where coverage does not look
     """In a forked child: nothing of what the parent has running is here."""
     for writing in list(_running):
         writing.abandon()
