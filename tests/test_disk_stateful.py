@@ -238,7 +238,10 @@ class DirectoryMachine(RuleBasedStateMachine):
             facts = self.mine.manifest(name)
             if name in self.told and numbers:
                 assert facts is not None
-                assert {fact: facts.get(fact) for fact in self.told[name]} == self.told[name]
+                told = dict(self.told[name])
+                # What a store told before others dropped the namespace is still true, and it may tell it again.
+                assert told.pop("checked").items() <= facts["checked"].items()
+                assert told.items() <= facts.items()
         assert sorted(self.mine.namespaces()) == sorted(name for name in here if here[name])
         stats = self.mine.stats()
         assert stats.rows == len(self.rows)
@@ -256,7 +259,7 @@ class WithoutMaps(DirectoryMachine):
 def test_a_directory_is_a_dict_that_lasts(machine):
     """Whatever stores and processes do with a directory, it is a dict; what lasts is what was put last."""
     case = machine.TestCase
-    case.settings = settings(max_examples=400 if SOAK else 8, stateful_step_count=30, deadline=None)
+    case.settings = settings(max_examples=150 if SOAK else 8, stateful_step_count=30, deadline=None)
     case().runTest()
 
 
