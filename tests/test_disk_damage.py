@@ -11,6 +11,7 @@ import shutil
 import signal
 import sqlite3
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -779,23 +780,24 @@ def plant(directory: Path) -> list[Path]:
 def use_commands(directory: Path) -> None:
     """Lets every command go over a directory; whatever lies there, none raises."""
     key = key_of(2).hex()
-    for words in (
-        "ls",
-        "stats",
-        "du",
-        "verify",
-        f"show {HEX}",
-        f"export {HEX} --to {directory.parent / 'rows.npy'}",
-        "gc --dry-run",
-        f"forget {key}",
-        "verify --repair",
-        "gc --older-than 1h",
-        "gc --max-bytes 1",
-        f"clear {HEX}",
-        "gc",
-    ):
-        name, *rest = words.split()
-        command(name, directory, *rest)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        for words in (
+            "ls",
+            "stats",
+            "du",
+            "verify",
+            f"show {HEX}",
+            f"export {HEX} --to {elsewhere}/rows.npy",
+            "gc --dry-run",
+            f"forget {key}",
+            "verify --repair",
+            "gc --older-than 1h",
+            "gc --max-bytes 1",
+            f"clear {HEX}",
+            "gc",
+        ):
+            name, *rest = words.split()
+            command(name, directory, *rest)
 
 
 def test_strangers_files_are_not_touched(fresh):
