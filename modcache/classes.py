@@ -14,7 +14,7 @@ from torch import nn
 from .attached import Attached
 from .errors import UsageError
 
-__all__ = ["ATTACHED", "cached_class", "decorated_class", "original_class", "subclass"]
+__all__ = ["ATTACHED", "cached_class", "decorated_class", "noticed_apply", "original_class", "subclass"]
 
 ATTACHED = "_modcache"
 """Where a cached module keeps what hangs on it, in its ``__dict__``."""
@@ -91,7 +91,7 @@ def subclass(cls: type[nn.Module], more: dict[str, Any]) -> type[nn.Module]:
         "_modcache_original": cls,
         "forward": _forward(cls),
         "train": _train(cls),
-        "_apply": _apply(cls),
+        "_apply": noticed_apply(cls),
         **more,
     }
     if (become := getattr(cls, "cls_to_become", None)) is not None:
@@ -163,7 +163,9 @@ def _train(cls: type[nn.Module]) -> Callable[..., Any]:
     return train
 
 
-def _apply(cls: type[nn.Module]) -> Callable[..., Any]:
+def noticed_apply(cls: type[nn.Module]) -> Callable[..., Any]:
+    """The class's ``_apply``, which moves or casts a module, noticed by what hangs on the module."""
+
     @functools.wraps(cls._apply)
     def apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         if (found := self.__dict__.get(ATTACHED)) is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..classes import ATTACHED, subclass
+from ..classes import ATTACHED, noticed_apply, subclass
 
 __all__ = ["recycled_class"]
 
@@ -35,7 +35,7 @@ def recycled_class(cls: type[nn.Module]) -> type[nn.Module]:
             "__reduce_ex__": _reduce(cls),
             "forward": _forward(cls),
             "train": _train(cls),
-            "_apply": _apply(cls),
+            "_apply": noticed_apply(cls),
         }
         made = subclass(cls, body)
         _made[cls] = weakref.ref(made)
@@ -73,16 +73,6 @@ def _train(cls: type[nn.Module]) -> Callable[..., Any]:
         return self
 
     return train
-
-
-def _apply(cls: type[nn.Module]) -> Callable[..., Any]:
-    @functools.wraps(cls._apply)
-    def apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        if (found := self.__dict__.get(ATTACHED)) is not None:
-            found.moved()
-        return cls._apply(self, *args, **kwargs)  # type: ignore[no-any-return, no-untyped-call]
-
-    return apply
 
 
 def _reduce(cls: type[nn.Module]) -> Callable[..., Any]:

@@ -238,7 +238,7 @@ class DiskStore:
         return [count.namespace for count in self._count_all() if count.rows]
 
     def stats(self) -> StoreStats:
-        """What the directory holds, by all who wrote there; ``evicted`` counts whole namespaces."""
+        """What the directory holds, by all who wrote there; ``evicted`` counts rows dropped for room."""
         counts = self._count_all()
         return StoreStats(
             rows=sum(count.rows for count in counts),
