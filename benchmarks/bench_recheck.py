@@ -2,69 +2,54 @@
 
 from __future__ import annotations
 
-import platform
-import statistics
-import time
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from torch import nn
 
+from benchmarks.conftest import side_by_side
 from modcache.fingerprint import Identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from benchmarks.conftest import Report
 
-def bert(layers: int, width: int, heads: int) -> nn.Module:
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def bert(layers: int, width: int) -> nn.Module:
     """A BERT of random weights: what is looked at does not depend on them."""
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        vocab_size=1000,
+        num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width, vocab_size=1000
     )
-    return transformers.BertModel(config)
+    return transformers.BertModel(config)  # type: ignore[no-any-return]
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "one linear layer": lambda: nn.Linear(768, 768),
-    "MiniLM, 6 layers": lambda: bert(6, 384, 12),
-    "BERT, 12 layers": lambda: bert(12, 768, 12),
+MODELS: dict[str, Callable[[bool], nn.Module]] = {
+    "one Linear": lambda measured: nn.Linear(768, 768),
+    "MiniLM of 6 layers": lambda measured: bert(6, 384) if measured else bert(1, 48),
+    "BERT of 12 layers": lambda measured: bert(12, 768) if measured else bert(2, 48),
 }
 
 
-def timed(call: Callable[[], object], rounds: int = 1000) -> list[float]:
-    """Microseconds of each round."""
-    found = []
-    for _ in range(rounds):
-        start = time.perf_counter_ns()
-        call()
-        found.append((time.perf_counter_ns() - start) / 1e3)
-    return found
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_recheck(name: str) -> None:
+def test_recheck(name: str, measured: bool, report: Report) -> None:
     """A still module gives the very same answer; a write behind autograd's back gives another state."""
-    module = MODELS[name]().eval().requires_grad_(False)
+    module = MODELS[name](measured).eval().requires_grad_(False)
     identity = Identity()
-    start = time.perf_counter_ns()
     first = identity.check(module, True)
-    looked = (time.perf_counter_ns() - start) / 1e6
-    for grad in (False, True):
-        times = sorted(timed(lambda grad=grad: identity.check(module, grad)))
+    sides = side_by_side(
+        1000 if measured else 2,
+        None,
+        grad=lambda: identity.check(module, True),
+        no_grad=lambda: identity.check(module, False),
+    )
+    report.sides(f"re-check of a {name}", sides)
+    if name == "BERT of 12 layers":
+        report.goal(f"re-check of a {name}, grad mode on, µs", sides.median("grad") * 1e6, at_most=120)
+    for grad in (True, False):
         assert identity.check(module, grad) is first
-        p99 = times[len(times) * 99 // 100]
-        print(
-            f"\n{name}, grad {'on ' if grad else 'off'}:"
-            f" median {statistics.median(times):6.1f} µs, p99 {p99:6.1f} µs"
-            f" (first look {looked:.0f} ms; {platform.processor() or platform.machine()})",
-            end="",
-        )
-    with torch.no_grad():
-        next(iter(module.parameters())).data.add_(1)
+    next(iter(module.parameters())).data.add_(1)
     assert identity.check(module, True).state != first.state
