@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
@@ -16,23 +14,22 @@ from torch import nn
 
 from .arguments import Arguments, Binder
 from .call import bypass, call
-from .compute import Host
-from .digest import KEY_SCHEME, digest, encode, frame
-from .fingerprint import UNDETERMINED, Fingerprint, Identity, Standing, context, context_facts
+from .fingerprint import Fingerprint, Identity, Standing, context, context_facts
 from .freezing import Before
 from .hit import Missed, Site, hit
-from .keys import Given, extractor_of
+from .keys import Given
 from .manifests import facts_of
-from .memo import Bypass, Memo, Options
+from .memo import Bypass, Memo
 from .modes import given_keys
+from .naming import Context, Naming, State
 from .opening import open_store
 from .refusals import refuse_standing, unusual
+from .requested import Requested
+from .running import Host
 from .selfcheck import tolerance_of
 from .stores import MemoryStore, Store
 
-__all__ = ["Attached", "Requested"]
-
-Context = tuple[object, ...]
+__all__ = ["Attached"]
 
 _LARGE = 256 << 20
 """Bytes of weights up to which they are digested at once (some 20 ms), so that a state that comes back is known."""
@@ -42,25 +39,6 @@ _STATES = 64
 
 _FAST_PRODUCTS: dict[object, float] = {"tf32": 1e-2, "high": 1e-2, "bf16": 5e-2, "medium": 5e-2}
 """How far apart float32 results may be where products are less exact than float32."""
-
-
-@dataclass(frozen=True, slots=True)
-class Requested:
-    """The options of `cached_module` as they were asked for; requests for the same are equal."""
-
-    key: Any = None
-    store: Any = None
-    prepare: Callable[..., Any] | None = None
-    broadcast: frozenset[str] = frozenset()
-    per_row: bool = True
-    version: str | None = None
-    freeze: bool = False
-    verify: float = 0.0
-
-    @property
-    def options(self) -> Options:
-        """What a call needs of them."""
-        return Options(extractor_of(self.key), self.prepare, self.broadcast, self.per_row, self.verify)
 
 
 class Attached:
@@ -91,22 +69,19 @@ class Attached:
         if advice is not None:
             self.memo.say("directory unusable", advice)
         # Rows in memory are seen by this process alone, so large weights need no digest there.
-        self._undigested_from = _LARGE if isinstance(store, MemoryStore) else _NEVER
+        undigested_from = _LARGE if isinstance(store, MemoryStore) else _NEVER
         functions = {"prepare": requested.prepare, "key function": self.memo.options.extractor.function}
         self.identity = Identity(
             version=requested.version,
-            eager_bytes=self._undigested_from,
+            eager_bytes=undigested_from,
             also={name: function for name, function in functions.items() if function is not None},
         )
         self._binder: Binder | None = None
-        self._lock = threading.Lock()
+        self._naming = Naming(self.identity, requested, undigested_from)
         self._token = uuid.uuid4().hex
         self._wrapped = datetime.now(timezone.utc)
-        self._namespaces: dict[tuple[int, Context], str] = {}
-        self._sites: dict[tuple[int, Context], Site] = {}
+        self._sites: dict[State, Site] = {}
         self._fine: list[Standing | None] = [None, None]  # standings that were looked at and are no reason to bypass
-        self._fingerprints: dict[int, Fingerprint] = {}
-        self._undigested: set[str] = set()  # namespaces that are named by a number of this process, not by content
         self._latest: int | None = None
         self._late_moves = 0
 
@@ -198,7 +173,7 @@ class Attached:
             "operations (under torch.no_grad()), or call cache_of(module).recheck() after such a write.",
         )
 
-    def _look(self, module: nn.Module, now: tuple[int, Context]) -> Site:
+    def _look(self, module: nn.Module, now: State) -> Site:
         """What a call needs to know of this state of the module, in this context."""
         tensors = [*module.parameters(), *module.buffers()]
         device = tensors[0].device if tensors else torch.device("cpu")
@@ -208,43 +183,16 @@ class Attached:
         floor = max([0.0, *map(tolerance_of, dtypes), *(_FAST_PRODUCTS.get(value, 0.0) for value in around)])
         if len(self._sites) >= _STATES:
             self._forget_states()
-        site = self._sites[now] = Site(self._namespace(module, now), device, floor)
-        if self.memo.word.lasts and now[0] in self._fingerprints:
-            self.memo.introduce(self._facts(module, site.namespace, self._fingerprints[now[0]], now[1]))
+        site = self._sites[now] = Site(self._naming.name(module, now), device, floor)
+        known = self._naming.fingerprint(now[0])
+        if self.memo.word.lasts and known is not None:
+            self.memo.introduce(self._facts(module, site.namespace, known, now[1]))
         return site
 
     def _forget_states(self) -> None:
         """A module that is trained while it is used in between has a state a step: not all are remembered."""
         self._sites.clear()
-        self._fingerprints.clear()
-        held = set(self.memo.store.namespaces())
-        with self._lock:
-            self._namespaces = {now: name for now, name in self._namespaces.items() if name in held}
-
-    # --- namespaces
-
-    def _namespace(self, module: nn.Module, now: tuple[int, Context]) -> str:
-        with self._lock:
-            found = self._namespaces.get(now)
-            if found is None:
-                found = self._namespaces[now] = self._name(module, now)
-            return found
-
-    def _name(self, module: nn.Module, now: tuple[int, Context]) -> str:
-        state, around = now
-        if sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) <= self._undigested_from:
-            self._fingerprints[state] = self.identity.fingerprint(module)
-        known = self._fingerprints.get(state)
-        if known is not None:
-            return self._digest(known.digest, around)
-        name = self._digest(encode((self._token, state)), around)
-        self._undigested.add(name)
-        return name
-
-    def _digest(self, content: bytes, around: Context) -> str:
-        options = self.memo.options
-        parts = (KEY_SCHEME, content, around, options.extractor.name, self.requested.version, options.per_row)
-        return digest(frame(b"namespace", encode(parts))).hex()
+        self._naming.forget(set(self.memo.store.namespaces()))
 
     def _superseded(self, module: nn.Module, state: int) -> None:
         """The rows of the state before are the first to go when room is needed."""
@@ -253,30 +201,20 @@ class Attached:
         if before is not None and any(tensor.requires_grad for tensor in module.parameters()):
             self.memo.keep_in_memory()  # it is being trained: each step would leave its rows on the disk
         if retire is not None and before is not None:
-            for (known, _), namespace in tuple(self._namespaces.items()):
-                if known == before:
-                    retire(namespace)
+            for namespace in self._naming.names_of(before):
+                retire(namespace)
+
+    # --- what the handle asks
 
     def namespace(self, module: nn.Module) -> str:
         """The namespace of the module as it is now; weights that were not digested yet are digested for it."""
         now = self.identity.check(module, False).state, context()
-        known = self.identity.fingerprint(module)
-        name = self._digest(known.digest, now[1])
-        if now[0] == UNDETERMINED:  # in training, say: the number stands for any weights, and nothing is stored
-            return name
-        with self._lock:
-            self._fingerprints[now[0]] = known
-            before = self._namespaces.setdefault(now, name)
-            if before in self._undigested:
-                self._undigested.discard(before)
-                self._sites.pop(now, None)
-                self._namespaces[now] = name
-                self.memo.rename(before, name)
-            return self._namespaces[now]
 
-    def namespaces(self) -> list[str]:
-        """All namespaces that this module had so far."""
-        return list(dict.fromkeys(self._namespaces.values()))
+        def rename(before: str, name: str) -> None:
+            self._sites.pop(now, None)
+            self.memo.rename(before, name)
+
+        return self._naming.name_by_content(module, now, rename)
 
     # --- what the handle asks
 
@@ -294,13 +232,7 @@ class Attached:
     def parts(self, module: nn.Module) -> Mapping[str, Mapping[str, bytes]]:
         """For each namespace so far, its named parts: those of the module's state, and the context's."""
         self.namespace(module)
-        found = {}
-        for (state, around), namespace in tuple(self._namespaces.items()):
-            known = self._fingerprints.get(state)
-            own = {} if known is None else dict(known.parts)
-            own.update({name: encode(value) for name, value in context_facts(around).items()})
-            found[namespace] = own
-        return found
+        return self._naming.parts()
 
     def manifest(self, module: nn.Module) -> dict[str, Any]:
         """The readable description of the namespace."""
@@ -331,7 +263,7 @@ class Attached:
 
     def recheck(self, module: nn.Module) -> bool:
         """Digest all weights; whether something had changed unnoticed, in which case the rows of the state go."""
-        names, late = self.namespaces(), self.identity.late_moves
+        names, late = self._naming.names(), self.identity.late_moves
         changed = self.identity.recheck(module) or self.identity.late_moves != late
         self._late_moves = self.identity.late_moves
         if changed:
@@ -342,7 +274,7 @@ class Attached:
 
     def clear(self, module: nn.Module) -> int:
         """Drop the rows of the namespace that the module has, and of all that it had."""
-        names = dict.fromkeys([self.namespace(module), *self.namespaces()])
+        names = dict.fromkeys([self.namespace(module), *self._naming.names()])
         return sum(self.memo.store.delete(name) for name in names)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .ask import batch_of, home_of, keyed_of, refuse_blocked, refuse_grad, row_count
-from .compute import Computed, Host, Job, Part, compute, compute_again, run_uncached, self_check_failed
+from .compute import Computed, compute, compute_again, self_check_failed
 from .errors import CacheMissError, StaleRecordError
 from .hit import Missed, Site
 from .keys import Given
@@ -23,6 +23,7 @@ from .outputs import UnknownClassError, tree_of
 from .plan import CallPlan, distinct, plan_call, rows_to_serve
 from .recipe import Outline, form_of, recipe_of
 from .rows import Rows, join_rows
+from .running import Host, Job, Part, run_uncached
 from .selfcheck import difference
 from .stores import Found
 

@@ -1,74 +1,23 @@
-"""Run the module on the rows that are missing, and make sure that its rows do not depend on each other."""
+"""Compute the rows that are missing, and make sure that they do not depend on each other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
-from .arguments import Arguments, Binder
-from .batch import Batch, tensors_in
-from .hit import Site
-from .keys import Keyed
-from .keys.padding import fit_tokens, token_dims, unpad_rows
+from .keys.padding import token_dims, unpad_rows
 from .keys.tokens import TokenRows
 from .manifests import TokenDims
-from .memo import Bypass, Memo, Options
-from .modes import without_given_keys
+from .memo import Bypass
 from .outputs import NotRowsError, rows_of
-from .recipe import Form
 from .rows import Rows
+from .running import Job, Part, Run, apart, fitted, is_out_of_memory, prepared, run_rows
 from .selfcheck import difference, lengths_of, preserved_randomness, rows_to_check, sizes_of
 
-__all__ = ["Computed", "Host", "Job", "Part", "compute", "compute_again", "run_uncached", "self_check_failed"]
-
-Part = tuple[np.ndarray, Rows]
-"""Places in a batch, and the rows that belong there."""
-
-
-class Host(NamedTuple):
-    """The module that is called, as functions.
-
-    Args:
-        run: its own forward.
-        bind: names the arguments of a call.
-        settle: to be called after each run; the name of a weight that the run changed, if any.
-        grad: whether grad mode is on.
-        turn: the number of the look at its weights that this call relies on.
-    """
-
-    run: Callable[..., object]
-    bind: Binder
-    settle: Callable[[], str | None]
-    grad: bool
-    turn: int
-
-
-class Job(NamedTuple):
-    """One call, split and keyed.
-
-    Args:
-        memo: what the calls of this module share.
-        site: the state that the module is in.
-        host: the module.
-        arguments: what the caller gave.
-        batch: the same as rows.
-        keyed: the keys of the rows.
-        form: what a self-check of this call is valid for.
-        home: the device on which outputs are expected.
-    """
-
-    memo: Memo
-    site: Site
-    host: Host
-    arguments: Arguments
-    batch: Batch
-    keyed: Keyed
-    form: Form
-    home: torch.device
+__all__ = ["Computed", "compute", "compute_again", "self_check_failed"]
 
 
 class Computed(NamedTuple):
@@ -76,42 +25,11 @@ class Computed(NamedTuple):
 
     Args:
         parts: numbers among the computed rows, and the rows; several parts where rows have lengths of their own.
-        keep: whether they may be stored.
         checked: whether a self-check has passed for calls of this form.
     """
 
     parts: tuple[Part, ...]
-    keep: bool
     checked: bool
-
-
-class _Run(NamedTuple):
-    """One run of the module: what it returned, and whether on the very arguments of the call."""
-
-    output: object
-    whole: bool
-    rows: int
-
-
-def run_uncached(
-    options: Options, run: Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> object:
-    """The module on these arguments, prepared if that is asked for."""
-    return _prepared(options, run, args, kwargs)()
-
-
-def _prepared(
-    options: Options, run: Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Callable[[], object]:
-    """The run that is left when ``prepare`` is done: what it gave is positional, keywords, or one argument."""
-    if options.prepare is None:
-        return partial(run, *args, **kwargs)
-    prepared = options.prepare(*args, **kwargs)
-    if isinstance(prepared, tuple) and not hasattr(prepared, "_fields"):
-        return partial(run, *prepared)
-    if isinstance(prepared, Mapping):
-        return partial(run, **prepared)
-    return partial(run, prepared)
 
 
 def compute(job: Job, places: list[int], *, check: bool) -> Computed:
@@ -122,7 +40,7 @@ def compute(job: Job, places: list[int], *, check: bool) -> Computed:
     """
     memo, site, tokens = job.memo, job.site, job.keyed.tokens
     width = 0 if tokens is None else int(tokens.lengths[places].max())
-    run = _run(job, places, width)
+    run = run_rows(job, places, width)
     moved = job.host.settle()
     rows = _rows(job, run)
     if moved is not None:
@@ -134,10 +52,10 @@ def compute(job: Job, places: list[int], *, check: bool) -> Computed:
     if dims is None and (check or tokens is not None or not memo.options.per_row):
         dims = _self_check(job, places, rows, run, width)
     if tokens is None:
-        return Computed(((np.arange(len(places)), rows),), keep=True, checked=dims is not None)
+        return Computed(((np.arange(len(places)), rows),), checked=dims is not None)
     if dims is None:
         _give_up(run)
-    return Computed(tuple(unpad_rows(rows, tokens.lengths[places], dims)), keep=True, checked=True)
+    return Computed(tuple(unpad_rows(rows, tokens.lengths[places], dims)), checked=True)
 
 
 def _follow_tokens(dims: TokenDims, rows: Rows, width: int) -> bool:
@@ -158,73 +76,7 @@ def compute_again(job: Job, places: list[int]) -> tuple[Part, ...]:
         return compute(job, places, check=False).parts
 
 
-# --- running --------------------------------------------------------------------------------------------
-
-
-def _fitted(batch: Batch, tokens: TokenRows | None, width: int) -> Batch:
-    return batch if tokens is None or width == tokens.width else fit_tokens(batch, tokens, width)
-
-
-def _run(job: Job, places: list[int], width: int) -> _Run:
-    """Run the module on some rows; on the very arguments of the call if these are all its rows in order."""
-    arguments = job.arguments
-    batch = _fitted(job.batch, job.keyed.tokens, width)
-    whole = batch is job.batch and places == list(range(batch.size))
-    taken = arguments if whole else arguments.taken(batch, places)
-    before = _versions(taken)
-    try:
-        ready = _prepared(job.memo.options, job.host.run, taken.args, taken.kwargs)
-    except Exception as error:
-        if whole:
-            raise
-        _only_whole_batches(job, error, "prepare")  # reading a file may fail once, and says nothing of rows
-    try:
-        output = ready() if whole else _apart(ready)
-    except Exception as error:
-        if whole or _is_out_of_memory(error):
-            raise
-        _only_whole_batches(job, error, "forward")
-    if before != _versions(taken):
-        job.memo.block(job.form, "writes into its input")
-        raise Bypass(
-            "writes into its input",
-            "its forward changes an input in place, which a stored row would not do; it runs uncached from now on.",
-            *((output,) if whole else ()),
-        )
-    return _Run(output, whole, len(places))
-
-
-def _versions(arguments: Arguments) -> list[int]:
-    return [tensor._version for tensor in tensors_in(dict(arguments.bound())) if not tensor.is_inference()]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "out of memory" in str(error)
-
-
-def _only_whole_batches(job: Job, error: Exception, culprit: str) -> NoReturn:
-    """Something failed on a part of the batch: does it on the whole? Then it is no matter of rows."""
-    arguments = job.arguments
-    output = run_uncached(job.memo.options, job.host.run, arguments.args, arguments.kwargs)
-    reason = "fails on some of its rows"
-    what = f"its {culprit} raised {type(error).__name__} on some of its rows ({error}), but not on the whole batch"
-    if culprit == "prepare":
-        raise Bypass(reason, f"{what}; that call ran uncached.", output) from None
-    job.memo.block(job.form, reason)
-    raise Bypass(
-        reason,
-        f"{what}; it runs uncached from now on. If an argument is the same for all rows, name it in broadcast=.",
-        output,
-    ) from None
-
-
-def _apart(ready: Callable[[], object]) -> object:
-    """Run on a part of the batch, where keys that were given for the whole batch fit nothing inside."""
-    with without_given_keys():
-        return ready()
-
-
-def _rows(job: Job, run: _Run) -> Rows:
+def _rows(job: Job, run: Run) -> Rows:
     """The output as rows.
 
     Raises:
@@ -253,7 +105,7 @@ def _any_needs_grad(output: object) -> bool:
     return hasattr(output, "__dataclass_fields__") and any(map(_any_needs_grad, vars(output).values()))
 
 
-def _weights_moved(job: Job, run: _Run, name: str) -> NoReturn:
+def _weights_moved(job: Job, run: Run, name: str) -> NoReturn:
     """Rows of a forward that changed its own weights belong to no state."""
     advice = None
     if job.memo.note_moved():
@@ -262,7 +114,7 @@ def _weights_moved(job: Job, run: _Run, name: str) -> NoReturn:
     raise Bypass("changes its own weights", advice, *((run.output,) if run.whole else ()))
 
 
-def _give_up(run: _Run) -> NoReturn:
+def _give_up(run: Run) -> NoReturn:
     """Nothing can be told from this batch; the next one may tell more."""
     raise Bypass("undecided", None, *((run.output,) if run.whole else ()))
 
@@ -270,7 +122,7 @@ def _give_up(run: _Run) -> NoReturn:
 # --- the self-check -------------------------------------------------------------------------------------
 
 
-def _self_check(job: Job, places: list[int], rows: Rows, run: _Run, width: int) -> TokenDims | None:
+def _self_check(job: Job, places: list[int], rows: Rows, run: Run, width: int) -> TokenDims | None:
     """Run the module once more on a few of the rows; ``None`` if that could not be done.
 
     Raises:
@@ -284,10 +136,10 @@ def _self_check(job: Job, places: list[int], rows: Rows, run: _Run, width: int) 
         return None
     try:
         with preserved_randomness():
-            again = _apart(ready)
+            again = apart(ready)
             job.host.settle()
     except Exception as error:
-        if _is_out_of_memory(error) or other_width > width:
+        if is_out_of_memory(error) or other_width > width:
             return None
         _fail(job, run, f"on some of the rows of the batch alone it raises {type(error).__name__}: {error}")
     try:
@@ -324,10 +176,10 @@ def _choice(job: Job, places: list[int], rows: Rows, width: int) -> tuple[list[i
 
 
 def _ready_again(job: Job, chosen: list[int], width: int) -> Callable[[], object]:
-    batch = _fitted(job.batch, job.keyed.tokens, width)
+    batch = fitted(job.batch, job.keyed.tokens, width)
     whole = batch is job.batch and not job.memo.options.per_row
     taken = job.arguments if whole else job.arguments.taken(batch, chosen)
-    return _prepared(job.memo.options, job.host.run, taken.args, taken.kwargs)
+    return prepared(job.memo.options, job.host.run, taken.args, taken.kwargs)
 
 
 def _comparable(
@@ -342,7 +194,7 @@ def _comparable(
     return [(left, right) for (_, left), (_, right) in pairs]
 
 
-def _fail(job: Job, run: _Run, what: str) -> NoReturn:
+def _fail(job: Job, run: Run, what: str) -> NoReturn:
     outputs = (run.output,) if run.whole else ()
     raise self_check_failed(job, f"run again on a few rows of a batch, it did not give the same rows: {what}", *outputs)
 

@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
-import os
-import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import nn
 
-from .attached import Attached, Requested
+from .attached import Attached
 from .classes import ATTACHED, attached_to, cached_class, decorated_class, original_class
 from .errors import LayeredError, NotCachedError, UsageError, UsageTypeError
 from .freezing import freeze_module, thaw
 from .handle import Cache
-from .keys import Extractor, extractor_of
-from .opening import asked_store
-from .stores import Store
+from .requested import CacheOptions, Requested, check_names, requested_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["CacheOptions", "cache_of", "cached_module", "is_cached", "requested_of", "uncached"]
+__all__ = ["cache_of", "cached_module", "is_cached", "uncached"]
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class CacheOptions(TypedDict, total=False):
-    """The options of `cached_module`, for type checkers."""
-
-    key: str | Extractor | Callable[[Any], object] | None
-    store: Store | str | os.PathLike[str] | None
-    prepare: Callable[..., Any] | None
-    broadcast: str | Iterable[str]
-    per_row: bool
-    version: str | None
-    freeze: bool
-    verify: float
 
 
 @overload
@@ -146,65 +128,9 @@ def _wrapped(module: Any, requested: Requested, asked: dict[str, Any]) -> Any:
     return _wrap_instance(module, requested)
 
 
-def requested_of(
-    *,
-    key: Any = None,
-    store: Any = None,
-    prepare: Any = None,
-    broadcast: Any = (),
-    per_row: Any = True,
-    version: Any = None,
-    freeze: Any = False,
-    verify: Any = 0.0,
-) -> Requested:
-    """The options, checked.
-
-    Raises:
-        UsageError, UsageTypeError: naming the option, what it takes, and what was found.
-    """
-    extractor_of(key)
-    store = asked_store(store)
-    if prepare is not None and not callable(prepare):
-        raise UsageTypeError(f"prepare must be a function of rows that returns inputs of the module; found {prepare!r}")
-    names = (
-        (broadcast,) if isinstance(broadcast, str) else tuple(broadcast) if isinstance(broadcast, Iterable) else (None,)
-    )
-    if not all(isinstance(name, str) for name in names):
-        raise UsageTypeError(f"broadcast must be names of arguments; found {broadcast!r}")
-    if version is not None and not isinstance(version, str):
-        raise UsageTypeError(f"version must be a text or None; found {version!r}")
-    for name, value in (("per_row", per_row), ("freeze", freeze)):
-        if not isinstance(value, bool):
-            raise UsageTypeError(f"{name} must be True or False; found {value!r}")
-    if isinstance(verify, bool) or not isinstance(verify, int | float):
-        raise UsageTypeError(f"verify must be a share from 0.0 to 1.0; found {verify!r}")
-    if not 0.0 <= verify <= 1.0:
-        raise UsageError(f"verify must be a share from 0.0 to 1.0; found {verify!r}")
-    return Requested(key, store, prepare, frozenset(names), per_row, version, freeze, float(verify))
-
-
-def _check_names(function: Callable[..., Any], requested: Requested) -> None:
-    """A misspelt name in ``broadcast`` would silently split what is to stay whole."""
-    try:
-        parameters = inspect.signature(requested.prepare or function).parameters
-    except (TypeError, ValueError):  # a builtin without a signature
-        return
-    if "cache_keys" in parameters:
-        raise UsageError(
-            "its forward has an argument called cache_keys, which is how a cached module is given the keys of rows; "
-            "rename it, or cache a submodule"
-        )
-    if any(value.kind is inspect.Parameter.VAR_KEYWORD for value in parameters.values()):
-        return
-    for name in requested.broadcast:
-        if re.split(r"[.\[]", name)[0] not in parameters:
-            known = ", ".join(map(repr, parameters))
-            raise UsageError(f"broadcast={name!r} names no argument; those of the forward are {known}")
-
-
 def _wrap_instance(module: nn.Module, requested: Requested) -> nn.Module:
     cls = type(module)
-    _check_names(module.forward, requested)
+    check_names(module.forward, requested)
     inside = module.__dict__.get("forward")  # compiled or hooked by accelerate: it goes inside
     attached = Attached(cls.__name__, requested, inside)
     try:
@@ -222,7 +148,7 @@ def _wrap_class(cls: type[nn.Module], requested: Requested) -> type[nn.Module]:
     if is_cached(cls):
         raise UsageError(f"the class {cls.__name__} is cached already; cached_module(...) takes a class once")
 
-    _check_names(cls.forward, requested)
+    check_names(cls.forward, requested)
 
     def attach(module: nn.Module) -> Attached:
         attached = Attached(cls.__name__, requested)

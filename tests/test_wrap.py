@@ -341,8 +341,8 @@ def test_states_are_not_remembered_without_bound():
     attached = layer._modcache
 
     assert len(attached._sites) <= 64
-    assert len(attached._fingerprints) <= 64
-    assert len(attached._namespaces) <= 80
+    assert len(attached._naming._fingerprints) <= 64
+    assert len(attached._naming._names) <= 80
     assert cache_of(layer).stats.hits > 0
 
 

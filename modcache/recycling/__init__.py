@@ -12,7 +12,7 @@ from torch import nn
 from ..attached import Attached
 from ..classes import ATTACHED, original_class
 from ..errors import CutError, UsageError, UsageTypeError
-from ..wrap import requested_of
+from ..requested import requested_of
 from .classes import recycled_class
 from .distributed import reducer_around
 from .plan import Asking
