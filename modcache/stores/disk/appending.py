@@ -25,7 +25,6 @@ from .frames import (
     pack_rows_head,
 )
 from .names import ROWS_FOLDER, Directory
-from .records import sums_of
 
 if TYPE_CHECKING:
     from .segment import Segment
@@ -37,7 +36,7 @@ class GoneError(OSError):
     """Somebody removed or cut the files of a segment that was being written; nothing can be added to it."""
 
 
-_PART: Final = 1 << 19  # bytes that are written at once
+_MOST_PARTS: Final = 512  # of one write
 
 
 class SegmentWriter:
@@ -64,34 +63,26 @@ class SegmentWriter:
         """What the files take before anything is in them, as far as they are not made yet."""
         return 0 if self._log_end else ROWS_HEAD_BYTES + len(self._header)
 
-    def append(self, matrices: Sequence[tuple[npt.NDArray[np.uint8], bytes]], keys: bytes, stamp: int) -> bytes:
-        """Writes rows behind those that are there, and commits them; the checksum of each, joined.
+    def append(self, matrices: Sequence[npt.NDArray[np.uint8]], keys: bytes, sums: bytes, stamp: int) -> None:
+        """Writes rows behind those that are there, and commits them.
 
         Args:
-            matrices: the rows, and their checksums or nothing.
+            matrices: the rows.
             keys: of all rows.
+            sums: the checksums of all rows.
             stamp: of the commit.
 
         Raises:
             OSError: they were not committed; what was written of them is overwritten by the next.
         """
         rows, log = self._open()
-        offset, sums = ROWS_HEAD_BYTES + self.rows * self._row_bytes, []
-        some = max(1, _PART // max(1, self._row_bytes))
-        for matrix, known in matrices:
-            sums.append(known)
-            for start in range(0, len(matrix), some):
-                part = matrix[start : start + some]
-                if not known:  # now, because what was just summed up is still in the cache when it is written
-                    sums.append(sums_of(part))
-                offset = _write(rows, memoryview(part.reshape(-1).data), offset)
-        joined = b"".join(sums)
-        for start in range(0, len(joined) // SUM_BYTES, MOST_KEYS):
+        parts = [memoryview(matrix.reshape(-1).data) for matrix in matrices if matrix.nbytes]
+        _write(rows, parts, ROWS_HEAD_BYTES + self.rows * self._row_bytes)
+        for start in range(0, len(sums) // SUM_BYTES, MOST_KEYS):
             some_keys = keys[start * KEY_BYTES : (start + MOST_KEYS) * KEY_BYTES]
-            some_sums = joined[start * SUM_BYTES : (start + MOST_KEYS) * SUM_BYTES]
+            some_sums = sums[start * SUM_BYTES : (start + MOST_KEYS) * SUM_BYTES]
             self._commit(log, Frame(ROWS, stamp, self.rows, some_keys, some_sums))
             self.rows += len(some_sums) // SUM_BYTES
-        return joined
 
     def drop(self, keys: bytes, stamp: int) -> None:
         """Writes down that the rows of these keys do not count any more.
@@ -132,7 +123,7 @@ class SegmentWriter:
 
     def _commit(self, log: int, frame: Frame) -> None:
         self.dirty = True
-        self._log_end = _write(log, memoryview(pack_frame(frame, self._segment, self._log_end)), self._log_end)
+        self._log_end = _write(log, [memoryview(pack_frame(frame, self._segment, self._log_end))], self._log_end)
 
     def _open(self) -> tuple[int, int]:
         """The descriptors of the files, which are made or opened if need be."""
@@ -148,14 +139,14 @@ class SegmentWriter:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         rows = self._directory.open_segment(self._folder, self._name.rows, flags)
         try:
-            _write(rows, memoryview(pack_rows_head(self._segment)), 0)
+            _write(rows, [memoryview(pack_rows_head(self._segment))], 0)
             # The log comes second: where there is one, there are rows.
             log = self._directory.open_segment(self._folder, self._name.log, flags)
         except BaseException:
             os.close(rows)
             raise
         try:
-            self._log_end = _write(log, memoryview(self._header), 0)
+            self._log_end = _write(log, [memoryview(self._header)], 0)
         except BaseException:
             os.close(rows)
             os.close(log)
@@ -178,11 +169,17 @@ class SegmentWriter:
             raise
 
 
-def _write(file: int, data: memoryview, offset: int) -> int:
-    """Writes all of the data at an offset, however often the system takes only some; the offset behind it."""
-    while data.nbytes:
-        done = os.pwrite(file, data, offset)
+def _write(file: int, parts: list[memoryview], offset: int) -> int:
+    """Writes all parts, one behind the other, however often the system takes only some; the offset behind them."""
+    while parts:
+        done = os.pwritev(file, parts[:_MOST_PARTS], offset)
         if not done:
             raise OSError(errno.EIO, "nothing could be written")
-        offset, data = offset + done, data[done:]
+        offset, whole = offset + done, 0
+        while whole < len(parts) and done >= parts[whole].nbytes:
+            done -= parts[whole].nbytes
+            whole += 1
+        parts = parts[whole:]
+        if done:
+            parts[0] = parts[0][done:]
     return offset

@@ -19,6 +19,8 @@ __all__ = ["Buffers", "matrix_of", "sums_of"]
 
 _PART: Final = 1 << 19  # bytes that are copied at once: they are still in the cache when they are summed up
 _SMALLEST: Final = 1 << 16
+_PAGE: Final = 1 << 12
+_SHEET: Final = 8 << 20  # is asked for at once, and cut into pieces
 _KEPT: Final = 64 << 20
 
 _Bytes = npt.NDArray[np.uint8]
@@ -37,7 +39,12 @@ class Buffers:
             for place in reversed(range(len(self._free))):  # what was given last is in the cache still
                 if size <= self._free[place].size <= 2 * size + _SMALLEST:
                     return self._free.pop(place)
-        return np.empty(max(size, _SMALLEST), np.uint8)
+            # Pages that appear when they are touched cost more than the copy, unless they are huge.
+            size = -(-max(size, _SMALLEST) // _PAGE) * _PAGE
+            pieces = max(1, min(_SHEET, _KEPT - sum(free.size for free in self._free)) // size)
+            first, *rest = np.split(np.empty(size * pieces, np.uint8), pieces)
+            self._free += rest
+            return first
 
     def give(self, buffer: _Bytes) -> None:
         """Takes memory back, which nobody uses any more."""
@@ -51,14 +58,15 @@ class Buffers:
             self._free.clear()
 
 
-def matrix_of(rows: Rows, chosen: Places, buffer: _Bytes, *, with_sums: bool) -> tuple[_Bytes, bytes]:
-    """The bytes of some of the rows, copied into a buffer, one record a row; and their checksums, or ``b""``.
+def matrix_of(rows: Rows, chosen: Places, buffer: _Bytes) -> tuple[_Bytes, bytes]:
+    """The bytes of some of the rows, copied into a buffer, one record a row; and their checksums, joined.
 
     >>> import torch
     >>> from modcache.rows import SINGLE, Layout, Rows
     >>> pairs = Rows(Layout(SINGLE, ((torch.uint8, (2,)),)), (torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8),))
-    >>> matrix_of(pairs, np.array([1]), np.empty(2, np.uint8), with_sums=False)
-    (array([[3, 4]], dtype=uint8), b'')
+    >>> matrix, sums = matrix_of(pairs, np.array([1]), np.empty(2, np.uint8))
+    >>> matrix, sums == sums_of(matrix)
+    (array([[3, 4]], dtype=uint8), True)
     """
     sizes = rows.layout.leaf_bytes
     tensors = [tensor.detach().resolve_conj().resolve_neg().cpu().contiguous() for tensor in rows.tensors]
@@ -77,8 +85,7 @@ def matrix_of(rows: Rows, chosen: Places, buffer: _Bytes, *, with_sums: bool) ->
                 which = slice(start, start + some) if whole else chosen[start : start + some]
                 part[:, place : place + size] = source[which]
             place += size
-        if with_sums:
-            sums.append(sums_of(part))
+        sums.append(sums_of(part))
     return matrix, b"".join(sums)
 
 

@@ -38,7 +38,6 @@ __all__ = ["DiskStore", "open_directory"]
 
 _QUEUE_BYTES: Final = 64 << 20  # more would not be in the cache any more when it is written
 _QUEUE_SHARE: Final = 8  # of the memory that there is
-_LARGE: Final = 16 << 10
 _USE_NOTED: Final = 60.0  # seconds within which a namespace is not noted as used again
 _CHUNK: Final = 1024  # rows that are moved at a time when a namespace gets another name
 
@@ -191,8 +190,8 @@ class DiskStore:
         size = len(chosen) * rows.layout.row_bytes
         self._writing.make_way(size)
         buffer = self._writing.buffers.take(size)
-        # Large rows are summed up right here, where they are in the cache; then two threads have as much to do.
-        matrix, sums = matrix_of(rows, chosen, buffer, with_sums=rows.layout.row_bytes >= _LARGE)
+        # Summed up right here, where the rows are in the cache; the other thread is left with what needs no GIL.
+        matrix, sums = matrix_of(rows, chosen, buffer)
         keys = list(row_keys) if len(chosen) == len(row_keys) else [row_keys[i] for i in chosen.tolist()]
         with self._lock:
             if self._closed:

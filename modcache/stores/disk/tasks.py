@@ -30,7 +30,7 @@ class Put:
         first: number of the first row.
         keys: of the rows, joined.
         matrix: their bytes.
-        sums: their checksums, joined, or nothing where these are not known yet.
+        sums: their checksums, joined.
         stamp: when they were put.
         buffer: the memory that the matrix is in.
     """

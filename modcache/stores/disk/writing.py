@@ -230,8 +230,9 @@ class Writing:
             self._refuse(reading, segment, puts, reason)
             return
         first, stamp = puts[0].first, puts[-1].stamp
+        keys, sums = b"".join([put.keys for put in puts]), b"".join([put.sums for put in puts])
         try:
-            sums = writer.append([(put.matrix, put.sums) for put in puts], b"".join([put.keys for put in puts]), stamp)
+            writer.append([put.matrix for put in puts], keys, sums, stamp)
         except GoneError:
             self._move(reading, segment, puts)
             return
@@ -277,8 +278,8 @@ class Writing:
         moved = []
         for put, places in left:
             if len(places):
-                whole = len(places) == len(put.matrix)
-                matrix, sums = (put.matrix, put.sums) if whole else (put.matrix[places], b"")
+                matrix = put.matrix if len(places) == len(put.matrix) else put.matrix[places]
+                sums = np.frombuffer(put.sums, np.uint64)[places].tobytes()
                 joined = np.frombuffer(put.keys, np.uint8).reshape(-1, KEY_BYTES)[places].tobytes()
                 other = reading.open_segment(segment.layout, len(places), self.next_name)
                 first = reading.expect(other, cut_keys(joined), matrix)
