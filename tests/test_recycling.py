@@ -442,3 +442,40 @@ def test_a_way_that_only_a_row_alone_takes():
     large[2] = 1000
     with pytest.raises(CutError, match="decides by values"):
         branching(large)
+
+
+def edited(trunk):
+    trunk.low.weight[1, 2] = 3.0
+
+
+def swapped(trunk):
+    trunk.low.weight = nn.Parameter(torch.eye(4), requires_grad=False)
+
+
+def hooked(trunk):
+    trunk.low.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def exchanged(trunk):
+    trunk.low = nn.Linear(4, 4).requires_grad_(False)
+
+
+def in_training(trunk):
+    trunk.drop.train()
+
+
+@pytest.mark.parametrize("change", [edited, swapped, hooked, exchanged, in_training])
+def test_a_resumed_call_looks_at_the_trunk_once_and_sees_all(model, change, monkeypatch):
+    """One look at the trunk answers for a call of stored rows, and what was changed between two calls is seen in it."""
+    recycle(model.eval(), at="mid", batch=(BATCH,))
+    looks, check = [], modcache.fingerprint.Identity.check
+    monkeypatch.setattr(modcache.fingerprint.Identity, "check", lambda *args: looks.append(args) or check(*args))
+    with torch.no_grad():
+        model(BATCH)
+        looks.clear()
+        model(BATCH)
+        assert len(looks) == 1
+        change(model)
+        found = model(BATCH)
+        plain = uncached(copy.deepcopy(model)).eval()
+        torch.testing.assert_close(found, plain(BATCH))

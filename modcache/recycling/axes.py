@@ -96,6 +96,8 @@ def to_rows(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
 def from_rows(rows: torch.Tensor, axis: Axis) -> torch.Tensor:
     """What `to_rows` was given, laid out in memory as the model laid it out."""
     if axis.fold == 1:
+        if axis.dim == 0 and axis.order == tuple(range(rows.dim())) and rows.is_contiguous():
+            return rows
         tensor = rows.movedim(0, axis.dim)
     else:
         parted = rows.movedim(0, axis.dim if axis.rows_first else axis.dim + 1)

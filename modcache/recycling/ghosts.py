@@ -9,12 +9,12 @@ import torch
 from typing_extensions import Self
 
 from ..errors import CutError
-from .trees import Step, located, mapped
+from .trees import ATOMS, Step, located, mapped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Derived", "Ghost", "Origin", "Sheet", "Spec", "spec_of", "unwrapped"]
+__all__ = ["Derived", "Ghost", "Origin", "Sheet", "Spec", "filled", "spec_of", "unwrapped"]
 
 
 class Spec(NamedTuple):
@@ -126,6 +126,23 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
         CutError: the ghost is not bound, and its value is not stored.
     """
     return _force(tensor) if type(tensor) is Ghost else tensor
+
+
+def filled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with values in the places of ghosts.
+
+    Raises:
+        CutError: the value of one is not stored.
+    """
+    for value in args:
+        if type(value) not in ATOMS:
+            args = mapped(args, unwrapped, Ghost)
+            break
+    for value in kwargs.values():
+        if type(value) not in ATOMS:
+            kwargs = mapped(kwargs, unwrapped, Ghost)
+            break
+    return args, kwargs
 
 
 # --- operations -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -58,7 +59,7 @@ class Stored:
         return f"{'argument' if group == 0 else 'keyword'} {'.'.join(map(str, rest))} of the cut"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """How calls of one kind are parted.
 
@@ -96,22 +97,27 @@ class Plan:
     floor: float
     fires: bool
 
-    @property
+    @cached_property
     def skipped(self) -> frozenset[str]:
         """Modules that only run before the cut."""
         return frozenset(path for path, _ in self.stubs if path not in self.twins)
 
-    @property
+    @cached_property
+    def wanted(self) -> frozenset[str]:
+        """The inputs that feed the cut, to be looked up."""
+        return frozenset(self.inputs)
+
+    @cached_property
     def per_row(self) -> tuple[Stored, ...]:
         """What has rows."""
         return tuple(stored for stored in self.stored if stored.axis is not None)
 
-    @property
+    @cached_property
     def shared(self) -> tuple[Stored, ...]:
         """What all rows share."""
         return tuple(stored for stored in self.stored if stored.axis is None)
 
-    @property
+    @cached_property
     def extras(self) -> frozenset[Called]:
         """Calls of modules of which an output is stored."""
         found = (stored.source for stored in self.stored if isinstance(stored.source, Origin))

@@ -193,11 +193,12 @@ class _Probe:
     def _resumed(self, run: Resume, arguments: Arguments) -> Any:
         self.shadow.take_over(training=False)
         run.branches = self.branches
-        inside = torch.inference_mode(False), torch.no_grad(), running(run), preserved_randomness(), run.watched()
-        with contextlib.ExitStack() as stack:
-            for one in inside:
-                stack.enter_context(one)
-            output = self.forward(self.shadow.root, *arguments.args, **arguments.kwargs)
+        with torch.inference_mode(False), torch.no_grad(), running(run), preserved_randomness():
+            run.watch()
+            try:
+                output = self.forward(self.shadow.root, *arguments.args, **arguments.kwargs)
+            finally:
+                run.unwatch()
             return mapped(output, unwrapped, Ghost)
 
     def _learned(

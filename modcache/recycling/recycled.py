@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from ..arguments import Binder
+from ..attached import Requested
 from ..batch import tensors_in
 from ..classes import original_class
 from ..errors import CutError
 from ..memo import Memo
 from ..opening import open_store
 from ..refusals import unusual
-from ..requested import Requested
 from .cache import RecycledCache
 from .distributed import reducer_around
 from .frozen import Frozen
@@ -255,7 +255,7 @@ class Recycled:
         self.frozen.after_train(model, self.plans.values())
 
     def _refuse_grad(self, plan: Plan, asked: Asked) -> None:
-        for path, value in inputs_of(asked, frozenset(plan.inputs)).items():
+        for path, value in inputs_of(asked, plan.wanted).items():
             if any(tensor.requires_grad for tensor in tensors_in(value)):
                 raise CutError(
                     f"{self.memo.name}: its argument {path} needs grad, but it feeds the cut {plan.at}, and what is "

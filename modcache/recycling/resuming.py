@@ -72,7 +72,7 @@ class Resuming:
         asked, plan = call.asked, call.plan
         known = self._ways.setdefault(asked.kind, set())
         ways, made = Branches(known), list[Shapes]()
-        inputs = inputs_of(asked, frozenset(plan.inputs))
+        inputs = inputs_of(asked, plan.wanted)
 
         def run(given: dict[str, Any]) -> Any:
             whole = all(given.get(path) is value for path, value in inputs.items())
@@ -144,8 +144,12 @@ class Resuming:
         shadow.take_over()
         shadow.skipped = plan.skipped
         try:
-            with running(run), run.watched():
-                output = call.forward(shadow.root, *arguments.args, **arguments.kwargs)
+            with running(run):
+                run.watch()
+                try:
+                    output = call.forward(shadow.root, *arguments.args, **arguments.kwargs)
+                finally:
+                    run.unwatch()
                 output = mapped(output, unwrapped, Ghost)
                 fill_inside(output, unwrapped, Ghost)
         except Exception:
@@ -167,7 +171,7 @@ class Resuming:
 def inputs_of_trunk(plan: Plan, asked: Asked, keys: Any) -> dict[str, Any]:
     """What a trunk is called with: the inputs that feed it, the kind of call, and given keys."""
     named = {} if keys is None else {"cache_keys": keys}
-    return {**inputs_of(asked, frozenset(plan.inputs)), "call of the kind": plan.tag, **named}
+    return {**inputs_of(asked, plan.wanted), "call of the kind": plan.tag, **named}
 
 
 def _fits(asked: Asked, given: Mapping[str, Any]) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch.overrides import _get_current_function_mode
 
 from ..errors import CutError
 from .branches import Branches
-from .ghosts import Ghost, Origin, Spec, spec_of, unwrapped
+from .ghosts import Ghost, Origin, Spec, filled, spec_of
 from .shadow import Place, eval_twin
 from .trace import Mark, Trace
 from .trees import Step, hidden_tensors, located, mapped
@@ -182,14 +181,16 @@ class Resume:
         if self.reached:
             if self._known is not None:
                 self.after.add(place.path)
-            return place.module(*mapped(args, unwrapped, Ghost), **mapped(kwargs, unwrapped, Ghost))
+            args, kwargs = filled(args, kwargs)
+            return place.module(*args, **kwargs)
         path = place.path
         number = self._counts.get(path, 0)
         self._counts[path] = number + 1
         called = path, number
         if place.cut and number == self._call:
             self._bind(path, args, kwargs)
-            return place.module(*mapped(args, unwrapped, Ghost), **mapped(kwargs, unwrapped, Ghost))
+            args, kwargs = filled(args, kwargs)
+            return place.module(*args, **kwargs)
         template = self._templates.get(called)
         if template is not None and called not in self._live:
             ghosts = template.ghosts(self, called)
@@ -198,7 +199,8 @@ class Resume:
             module = eval_twin(place.module) if path in self._twins else place.module
             return module(*args, **kwargs)
         if called in self._live:
-            return place.module(*mapped(args, unwrapped, Ghost), **mapped(kwargs, unwrapped, Ghost))
+            args, kwargs = filled(args, kwargs)
+            return place.module(*args, **kwargs)
         raise self.failed(
             CutError(
                 f"{path} is called before the cut (call {number}), but was not when this kind of call was probed: the "
@@ -221,7 +223,7 @@ class Resume:
         self.ghostly = tuple(step for step, _ in ghosts)
         if self._values is None:
             raise Reached
-        self._unwatched()
+        self.unwatch()
         if set(self.ghostly) != set(self._values):
             raise self.failed(
                 CutError(f"{path} is given other tensors from before the cut than when this kind of call was probed.")
@@ -230,18 +232,14 @@ class Resume:
             ghost.value = self._values[step].requires_grad_() if ghost.wants_grad else self._values[step]
         self.reached = True
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Note, up to the cut, which way is taken."""
+    def watch(self) -> None:
+        """Note from here up to the cut which way is taken."""
         self._watching = self.branches is not None
         if self.branches is not None:
             self.branches.__enter__()  # type: ignore[no-untyped-call]
-        try:
-            yield
-        finally:
-            self._unwatched()
 
-    def _unwatched(self) -> None:
+    def unwatch(self) -> None:
+        """Note no more, if the cut was not reached."""
         if self.branches is None or not self._watching:
             return
         if _get_current_function_mode() is self.branches:  # type: ignore[no-untyped-call]  # else the model's own code entered another one since

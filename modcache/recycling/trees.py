@@ -12,15 +12,20 @@ from typing import Any
 
 import torch
 
-__all__ = ["Step", "fill_inside", "hidden_tensors", "located", "mapped", "same_but_tensors"]
+__all__ = ["ATOMS", "Step", "fill_inside", "hidden_tensors", "located", "mapped", "same_but_tensors"]
 
 Step = tuple[int | str, ...]
 """Where a tensor lies in a structure: indexes, keys and names of fields."""
+
+ATOMS = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype, torch.device})
+"""Classes of which an object has no parts: what most arguments are."""
 
 
 def _parts(value: Any) -> list[tuple[int | str, Any]] | None:
     """Steps and parts of a structure, or ``None`` for anything else."""
     cls = type(value)
+    if cls in ATOMS:
+        return None
     if cls is tuple or cls is list:
         return list(enumerate(value))
     if cls is dict:
@@ -48,6 +53,8 @@ def mapped(value: Any, change: Callable[[Any], Any], leaf: type = torch.Tensor) 
     if isinstance(value, leaf):
         return change(value)
     cls = type(value)
+    if cls in ATOMS:
+        return value
     if cls is tuple or cls is list:
         items = [mapped(item, change, leaf) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):

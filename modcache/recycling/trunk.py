@@ -11,14 +11,13 @@ from typing import Any
 from torch import nn
 
 from ..arguments import Arguments
-from ..attached import Attached
+from ..attached import Attached, Requested
 from ..classes import original_class
 from ..errors import CutError
 from ..fingerprint import UNDETERMINED, Standing
 from ..manifests import TokenDims
 from ..memo import Bypass, Memo
 from ..recipe import Form
-from ..requested import Requested
 from .plan import Plan
 
 __all__ = ["Parted", "ProbedMemo", "Trunk", "TrunkAttached", "capturing", "trainable"]
@@ -89,7 +88,9 @@ class Parted:
         for original, copied in self._pairs:
             number = id(original)
             theirs = vars(original).copy()
-            for name in [name for name in theirs if name in _INNER or (number, name) in written]:
+            for name in _INNER & theirs.keys():
+                del theirs[name]
+            for name in [name for name in theirs if (number, name) in written] if written else ():
                 del theirs[name]
             mine = vars(copied)
             mine.update(theirs)
