@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from ..arguments import Binder
-from ..attached import Requested
 from ..batch import tensors_in
 from ..classes import original_class
 from ..errors import CutError
 from ..memo import Memo
 from ..opening import open_store
 from ..refusals import unusual
+from ..requested import Requested
 from .cache import RecycledCache
 from .distributed import reducer_around
 from .frozen import Frozen

@@ -11,13 +11,14 @@ from typing import Any
 from torch import nn
 
 from ..arguments import Arguments
-from ..attached import Attached, Requested
+from ..attached import Attached
 from ..classes import original_class
 from ..errors import CutError
 from ..fingerprint import UNDETERMINED, Standing
 from ..manifests import TokenDims
 from ..memo import Bypass, Memo
 from ..recipe import Form
+from ..requested import Requested
 from .plan import Plan
 
 __all__ = ["Parted", "ProbedMemo", "Trunk", "TrunkAttached", "capturing", "trainable"]
