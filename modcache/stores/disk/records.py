@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -15,13 +17,14 @@ from ..index import Places
 if TYPE_CHECKING:
     from ...rows import Rows
 
-__all__ = ["Buffers", "matrix_of", "sums_of"]
+__all__ = ["Buffers", "Records", "records_of", "sums_of"]
 
+_PIECE: Final = 4 << 20  # bytes that are handed on at once
 _PART: Final = 1 << 19  # bytes that are copied at once: they are still in the cache when they are summed up
 _SMALLEST: Final = 1 << 16
 _PAGE: Final = 1 << 12
 _SHEET: Final = 8 << 20  # is asked for at once, and cut into pieces
-_KEPT: Final = 64 << 20
+_KEPT: Final = 32 << 20
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -58,15 +61,37 @@ class Buffers:
             self._free.clear()
 
 
-def matrix_of(rows: Rows, chosen: Places, buffer: _Bytes) -> tuple[_Bytes, bytes]:
-    """The bytes of some of the rows, copied into a buffer, one record a row; and their checksums, joined.
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Some rows of a batch, one record behind the other.
+
+    Args:
+        places: of these rows in the batch.
+        matrix: their bytes.
+        sums: the checksum of each record, joined.
+        buffer: the memory that the matrix is in.
+    """
+
+    places: Places
+    matrix: _Bytes
+    sums: bytes
+    buffer: _Bytes
+
+
+def records_of(rows: Rows, chosen: Places, take: Callable[[int], _Bytes]) -> Iterator[Records]:
+    """Copies of some of the rows, a few megabytes at a time, so that the first are written while the last are copied.
 
     >>> import torch
     >>> from modcache.rows import SINGLE, Layout, Rows
     >>> pairs = Rows(Layout(SINGLE, ((torch.uint8, (2,)),)), (torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8),))
-    >>> matrix, sums = matrix_of(pairs, np.array([1]), np.empty(2, np.uint8))
-    >>> matrix, sums == sums_of(matrix)
+    >>> records, = records_of(pairs, np.array([1]), Buffers().take)
+    >>> records.matrix, records.sums == sums_of(records.matrix)
     (array([[3, 4]], dtype=uint8), True)
+
+    Args:
+        rows: of the batch.
+        chosen: places of the rows that are copied.
+        take: gives memory for so many bytes.
     """
     sizes = rows.layout.leaf_bytes
     tensors = [tensor.detach().resolve_conj().resolve_neg().cpu().contiguous() for tensor in rows.tensors]
@@ -74,19 +99,29 @@ def matrix_of(rows: Rows, chosen: Places, buffer: _Bytes) -> tuple[_Bytes, bytes
         np.frombuffer(memory_of(tensor), np.uint8).reshape(len(tensor), size)
         for tensor, size in zip(tensors, sizes, strict=True)
     ]  # the tensors are kept until these are read
-    count, row_bytes = len(chosen), sum(sizes)
-    matrix = buffer[: count * row_bytes].reshape(count, row_bytes)
-    whole = all(len(source) == count for source in sources)  # then no look at the places is needed
+    row_bytes = sum(sizes)
+    most = max(1, _PIECE // max(1, row_bytes))
+    for start in range(0, len(chosen), most):
+        places = chosen[start : start + most]
+        buffer = take(len(places) * row_bytes)
+        matrix = buffer[: len(places) * row_bytes].reshape(len(places), row_bytes)
+        yield Records(places, matrix, _filled(matrix, sources, places), buffer)
+
+
+def _filled(matrix: _Bytes, sources: list[_Bytes], places: Places) -> bytes:
+    """Copies rows out of the leaves; the checksum of each, joined."""
+    count, row_bytes = matrix.shape
     some, sums = max(1, _PART // max(1, row_bytes)), []
+    whole = count > 0 and places[-1] - places[0] == count - 1  # then they are copied as they lie
     for start in range(0, count, some):
-        part, place = matrix[start : start + some], 0
-        for source, size in zip(sources, sizes, strict=True):
-            if size:
-                which = slice(start, start + some) if whole else chosen[start : start + some]
-                part[:, place : place + size] = source[which]
-            place += size
+        part, at = matrix[start : start + some], 0
+        for source in sources:
+            first = int(places[start])
+            which = slice(first, first + len(part)) if whole else places[start : start + some]
+            part[:, at : at + source.shape[1]] = source[which]
+            at += source.shape[1]
         sums.append(sums_of(part))
-    return matrix, b"".join(sums)
+    return b"".join(sums)
 
 
 def sums_of(matrix: _Bytes) -> bytes:

@@ -24,7 +24,7 @@ from .descriptors import Descriptors
 from .manifest import read_manifest
 from .names import Directory, folder_of
 from .reading import Reading
-from .records import matrix_of
+from .records import records_of
 from .sharing import note, shared
 from .tasks import Drop, Facts, Put, Use
 from .writing import Writing, merged
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DiskStore", "open_directory"]
 
-_QUEUE_BYTES: Final = 64 << 20  # more would not be in the cache any more when it is written
+_QUEUE_BYTES: Final = 32 << 20  # fresh memory costs more than what is written out of it
 _QUEUE_SHARE: Final = 8  # of the memory that there is
 _USE_NOTED: Final = 60.0  # seconds within which a namespace is not noted as used again
 _CHUNK: Final = 1024  # rows that are moved at a time when a namespace gets another name
@@ -187,22 +187,20 @@ class DiskStore:
             self._refused += len(chosen)
             self._tell()
             return 0
-        size = len(chosen) * rows.layout.row_bytes
-        self._writing.make_way(size)
-        buffer = self._writing.buffers.take(size)
         # Summed up right here, where the rows are in the cache; the other thread is left with what needs no GIL.
-        matrix, sums = matrix_of(rows, chosen, buffer)
-        keys = list(row_keys) if len(chosen) == len(row_keys) else [row_keys[i] for i in chosen.tolist()]
-        with self._lock:
-            if self._closed:
-                return 0
-            reading = self._reading(namespace)
-            segment = reading.open_segment(rows.layout, len(keys), self._writing.next_name)
-            first, stamp = reading.expect(segment, keys, matrix), self._next_stamp(reading)
-            self._writing.push(Put(reading, segment, first, b"".join(keys), matrix, sums, stamp, buffer))
-            self._note_use(reading)
+        for records in records_of(rows, chosen, self._writing.memory_for):
+            keys = [row_keys[i] for i in records.places.tolist()] if len(records.places) < len(row_keys) else row_keys
+            with self._lock:
+                if self._closed:
+                    return 0
+                reading = self._reading(namespace)
+                segment = reading.open_segment(rows.layout, len(keys), self._writing.next_name)
+                first, stamp = reading.expect(segment, keys, records.matrix), self._next_stamp(reading)
+                taken = records.matrix, records.sums, stamp, records.buffer
+                self._writing.push(Put(reading, segment, first, b"".join(keys), *taken))
+                self._note_use(reading)
         self._tell()
-        return len(keys)
+        return len(chosen)
 
     def delete(self, namespace: str, row_keys: Sequence[bytes] | None = None) -> int:
         """Drops these rows, or with None the whole namespace with its files; the number of rows dropped."""

@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from ..index import KEY_BYTES, Places, cut_keys
 from .admission import Admission
@@ -77,7 +78,7 @@ class Writing:
     ) -> None:
         self.troubles: list[tuple[str, str]] = []  # kind and text of what a user should hear of
         self.refused = self.evicted = 0
-        self.buffers = Buffers()
+        self._buffers = Buffers()
         self._directory, self._lock = directory, lock
         self._queue = Queue(queue_bytes)
         self._catalogue = Catalogue(directory.path / CATALOGUE, writable=True)
@@ -115,9 +116,10 @@ class Writing:
         """A name for a new segment; the lock is held."""
         return SegmentName(self._name, next(self._numbers))
 
-    def make_way(self, size: int) -> None:
-        """Waits until so many bytes may be queued; the lock is not held."""
+    def memory_for(self, size: int) -> npt.NDArray[np.uint8]:
+        """Memory for rows, after a wait until so many bytes may be queued; the lock is not held."""
         self._queue.wait_for_room(size, self._is_running)
+        return self._buffers.take(size)
 
     def push(self, task: Task) -> None:
         """Queues a task, behind all others; the lock is held."""
@@ -178,7 +180,7 @@ class Writing:
         _running.discard(self)
 
     def _rest(self) -> None:
-        self.buffers.clear()
+        self._buffers.clear()
         if self._sign is not None:
             self._admission.release(self._sign)
 
@@ -240,7 +242,7 @@ class Writing:
             if not segment.closed:
                 reading.committed(segment, first, stamp, sums)
                 for put in puts:
-                    self.buffers.give(put.buffer)
+                    self._buffers.give(put.buffer)
                 return
         # The namespace was deleted meanwhile; its files were unlinked, these perhaps were not there yet.
         self._directory.remove_segment(segment.folder, segment.name)
