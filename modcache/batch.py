@@ -10,7 +10,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["Batch", "Bound", "Column", "NoRowsError", "items_of", "replaced", "row", "split", "take", "tensors_in"]
+__all__ = [
+    "Batch",
+    "Bound",
+    "Column",
+    "NoRowsError",
+    "items_of",
+    "length_of",
+    "replaced",
+    "row",
+    "split",
+    "take",
+    "tensors_in",
+]
 
 Bound = Sequence[tuple[str, object]]
 """The arguments of a call by name, in the order of the signature."""
@@ -250,6 +262,15 @@ def _row_of(value: Any, path: str, columns: Mapping[str, Column], place: int) ->
 
 def _never(_: object) -> bool:
     return False
+
+
+def length_of(row: object) -> int:
+    """How long one row of a list is: characters, bytes, items or elements; 0 for anything that has no length."""
+    if isinstance(row, torch.Tensor):
+        return row.numel()
+    if isinstance(row, np.ndarray):
+        return row.size
+    return len(row) if isinstance(row, str | bytes | list | tuple) else 0
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:

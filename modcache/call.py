@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .ask import batch_of, home_of, keyed_of, refuse_blocked, refuse_grad, row_count
+from .ask import batch_of, home_of, keyed_of, refuse_blocked, refuse_grad, row_count, to_be_checked
 from .compute import Computed, compute, compute_again, self_check_failed
 from .errors import CacheMissError, StaleRecordError
 from .hit import Missed, Site
@@ -125,7 +125,7 @@ def bypass(
 def _cached(job: Job, found: tuple[Found, ...], began: float, keyed_at: float) -> object:
     memo, namespace, keyed = job.memo, job.site.namespace, job.keyed
     mode = current_mode()
-    unchecked = mode != "require-hit" and memo.passed(namespace, job.form) is None
+    unchecked = mode != "require-hit" and to_be_checked(memo, namespace, job.batch, job.form)
     plan = plan_call(keyed.keys, found, unchecked=unchecked, ragged=keyed.tokens is not None)
     output = _UNKNOWN if plan.compute else _served(job, plan)
     looked_at = computed_at = stored_at = perf_counter()

@@ -15,6 +15,7 @@ from .memo import Bypass
 from .outputs import NotRowsError, rows_of
 from .rows import Rows
 from .running import Job, Part, Run, apart, fitted, is_out_of_memory, prepared, run_rows
+from .sameness import sameness
 from .selfcheck import difference, lengths_of, preserved_randomness, rows_to_check, sizes_of
 
 __all__ = ["Computed", "compute", "compute_again", "self_check_failed"]
@@ -49,8 +50,9 @@ def compute(job: Job, places: list[int], *, check: bool) -> Computed:
     dims = memo.passed(site.namespace, job.form)
     if dims is not None and tokens is not None and not _follow_tokens(dims, rows, width):
         dims = None  # what an earlier run left word of is not true of this output
-    if dims is None and (check or tokens is not None or not memo.options.per_row):
-        dims = _self_check(job, places, rows, run, width)
+    if check or (dims is None and (tokens is not None or not memo.options.per_row)):
+        found = _self_check(job, places, rows, run, width)
+        dims = dims if found is None and tokens is not None else found
     if tokens is None:
         return Computed(((np.arange(len(places)), rows),), checked=dims is not None)
     if dims is None:
@@ -155,7 +157,8 @@ def _self_check(job: Job, places: list[int], rows: Rows, run: Run, width: int) -
     for left, right in _comparable(rows, other, places, chosen, dims, tokens):
         if (found_difference := difference(left, right, job.site.floor)) is not None:
             _fail(job, run, found_difference)
-    job.memo.let_pass(job.site.namespace, job.form, dims)
+    same = sameness(job.batch, places, () if tokens is None else tokens.paths)
+    job.memo.let_pass(job.site.namespace, job.form, dims, same)
     return dims
 
 

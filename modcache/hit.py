@@ -87,6 +87,9 @@ def hit(
             rows = _padded(found, recipe.size, recipe.tokens.like.width)
         if rows is None:
             return Missed(outline, recipe, keys, found)
+        untested = memo.untested(site.namespace, recipe.form)
+        if untested and recipe.differs(untested, args, kwargs):
+            return Missed(outline, recipe, keys, found)
         output = tree_of(rows, recipe.home)
     except UnknownClassError:
         return Missed(outline, recipe, keys)

@@ -108,18 +108,26 @@ class Word:
         if facts is not None and self._store is not None:
             self._store.describe(namespace, facts)
 
-    def passed(self, namespace: str, form: Form) -> TokenDims | None:
-        """What an earlier run found out about calls of this form, if it did."""
+    def passed(self, namespace: str, form: Form) -> tuple[TokenDims, frozenset[str]] | None:
+        """What an earlier run found out about calls of this form, if it did, and in what their rows were the same."""
         marks = self._marks.get(namespace)
         mark = _mark_of(form) if marks else None
-        return _dims_of(marks[mark]) if marks and mark is not None and mark in marks else None
+        return _said_by(marks[mark]) if marks and mark is not None and mark in marks else None
 
-    def note(self, namespace: str, form: Form, dims: TokenDims | None) -> None:
-        """Leave word that calls of this form passed a self-check, or with ``None`` that they failed one."""
+    def note(self, namespace: str, form: Form, dims: TokenDims | None, same: frozenset[str] = frozenset()) -> None:
+        """Leave word that calls of this form passed a self-check, or with ``None`` that they failed one.
+
+        Args:
+            namespace: of the rows.
+            form: of the calls.
+            dims: the token dimensions of the outputs.
+            same: in what the rows were the same that were checked; then the mark is one that versions before this
+                distinction take for none.
+        """
         mark = _mark_of(form)
         if self._store is None or mark is None or namespace not in self._marks:
             return
-        own = {mark: dims}
+        own = {mark: {"dims": dims, "same": sorted(same)} if same and dims is not None else dims}
         self._marks[namespace] = {**self._marks[namespace], **own}
         if namespace in self._untold:  # it goes beside the first rows
             self._untold[namespace].setdefault("checked", {}).update(own)
@@ -151,6 +159,14 @@ def _named(value: object) -> object:
     if isinstance(value, tuple):
         return tuple(map(_named, value))
     return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else value
+
+
+def _said_by(mark: object) -> tuple[TokenDims, frozenset[str]] | None:
+    mark, same = (mark.get("dims"), mark.get("same")) if isinstance(mark, Mapping) else (mark, ())
+    dims = _dims_of(mark)
+    if dims is None or not isinstance(same, list | tuple) or not all(isinstance(name, str) for name in same):
+        return None
+    return dims, frozenset(same)
 
 
 def _dims_of(mark: object) -> TokenDims | None:

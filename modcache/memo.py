@@ -23,6 +23,7 @@ from .stores import Found, MemoryStore, Store, TieredStore
 __all__ = ["Bypass", "Memo", "Options"]
 
 _NOTHING = object()
+_NO_NAMES: frozenset[str] = frozenset()
 
 Known = TypeVar("Known")
 
@@ -59,15 +60,28 @@ class Options:
     verify: float = 0.0
 
 
-_shared: weakref.WeakKeyDictionary[Any, dict[tuple[str, Form], TokenDims]] = weakref.WeakKeyDictionary()
+@dataclass(frozen=True, slots=True)
+class _Findings:
+    """What self-checks found of the calls of each form in each namespace.
+
+    Args:
+        passed: the token dimensions of the outputs, where one passed.
+        untested: in what the rows were the same that were checked, where they were.
+    """
+
+    passed: dict[tuple[str, Form], TokenDims] = field(default_factory=dict)
+    untested: dict[tuple[str, Form], frozenset[str]] = field(default_factory=dict)
 
 
-def _passed_in(store: Store) -> dict[tuple[str, Form], TokenDims]:
-    """What passed in a store: a copy, or a module of the same content, need not compute stored rows once more."""
+_shared: weakref.WeakKeyDictionary[Any, _Findings] = weakref.WeakKeyDictionary()
+
+
+def _findings_in(store: Store) -> _Findings:
+    """What is known in a store: a copy, or a module of the same content, need not compute stored rows once more."""
     try:
-        return _shared.setdefault(store, {})
+        return _shared.setdefault(store, _Findings())
     except TypeError:  # a store of the user's that has no hash or no weak reference
-        return {}
+        return _Findings()
 
 
 def _rename(known: dict[tuple[str, Form], Known], old: str, new: str) -> None:
@@ -104,7 +118,7 @@ class Memo:
         self._lock = threading.Lock()
         self._said: set[str] = set()
         self._fleeting = False
-        self._passed = _passed_in(store)
+        self._findings = _findings_in(store)
         self._blocked: dict[Form, str] = {}
         self._unchecked: dict[tuple[str, Form], list[bytes]] = {}
         self._moved = 0
@@ -123,33 +137,61 @@ class Memo:
             dropped = [(key, self._unchecked.pop(key)) for key in list(self._unchecked) if key[1] == form]
         for (namespace, _), keys in dropped:
             self.delete(namespace, keys)
-        for namespace in {namespace for namespace, known in [*self._passed] if known == form}:
+        for namespace in {namespace for namespace, known in [*self._findings.passed] if known == form}:
             self._leave_word(namespace, form, None)
 
     def passed(self, namespace: str, form: Form) -> TokenDims | None:
         """The token dimensions of the outputs (mostly none) once a self-check passed, else ``None``."""
         if self._blocked and form in self._blocked:
             return None
-        known = self._passed.get((namespace, form))
+        known = self._findings.passed.get((namespace, form))
         return self._passed_before(namespace, form) if known is None and self.word.lasts else known
 
-    def let_pass(self, namespace: str, form: Form, dims: TokenDims) -> None:
-        """Calls of this form may serve and store rows of this namespace from now on."""
+    def untested(self, namespace: str, form: Form) -> frozenset[str]:
+        """In what the rows of all batches were the same that passed a self-check: it says nothing of rows that differ.
+
+        These are the names that `sameness` gives; mostly none.
+        """
+        known = self._findings.untested
+        return known.get((namespace, form), _NO_NAMES) if known else _NO_NAMES
+
+    def let_pass(self, namespace: str, form: Form, dims: TokenDims, same: frozenset[str] = frozenset()) -> None:
+        """Calls of this form may serve and store rows of this namespace from now on.
+
+        Args:
+            namespace: of the rows.
+            form: of the calls.
+            dims: the token dimensions of the outputs.
+            same: in what the rows were the same that were checked; calls whose rows differ in it are to be checked yet.
+        """
+        key = namespace, form
         with self._lock:
-            self._passed[namespace, form] = dims
-            self._unchecked.pop((namespace, form), None)
-        self._leave_word(namespace, form, dims)
+            if key in self._findings.passed:
+                same &= self._findings.untested.get(key, _NO_NAMES)
+            self._note_passed(key, dims, same)
+            self._unchecked.pop(key, None)
+        self._leave_word(namespace, form, dims, same)
+
+    def _note_passed(self, key: tuple[str, Form], dims: TokenDims, same: frozenset[str]) -> None:
+        if same:  # first: who sees that it passed sees this as well
+            self._findings.untested[key] = same
+        self._findings.passed[key] = dims
+        if not same:
+            self._findings.untested.pop(key, None)
 
     def _passed_before(self, namespace: str, form: Form) -> TokenDims | None:
         """As `passed`, by what an earlier run left word of."""
         known = self.word.passed(namespace, form)
-        if known is not None:
-            self._passed[namespace, form] = known
-        return known
+        if known is None:
+            return None
+        self._note_passed((namespace, form), *known)
+        return known[0]
 
-    def _leave_word(self, namespace: str, form: Form, dims: TokenDims | None) -> None:
+    def _leave_word(
+        self, namespace: str, form: Form, dims: TokenDims | None, same: frozenset[str] = frozenset()
+    ) -> None:
         if self.word.lasts:
-            self._guarded("describing", lambda: self.word.note(namespace, form, dims))
+            self._guarded("describing", lambda: self.word.note(namespace, form, dims, same))
 
     def note_unchecked(self, namespace: str, form: Form, keys: Sequence[bytes]) -> None:
         """Rows were stored although nothing could be checked with them; a failing check drops them."""
@@ -214,7 +256,8 @@ class Memo:
     def rename(self, old: str, new: str) -> None:
         """The rows of a namespace, and all that is known of them, belong to another name from now on."""
         with self._lock:
-            _rename(self._passed, old, new)
+            _rename(self._findings.untested, old, new)
+            _rename(self._findings.passed, old, new)
             _rename(self._unchecked, old, new)
             self._latest = deque(
                 ((turn, new if name == old else name, keys) for turn, name, keys in self._latest), self._latest.maxlen

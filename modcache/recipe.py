@@ -16,6 +16,7 @@ from .keys.given import given_keys
 from .keys.parts import Meta, Part, Texts, Values, row_keys, text_digests
 from .keys.tokens import TokenPlaces, token_places
 from .row_digests import plain_row_digests, tensor_row_digests
+from .sameness import lengths_differ, values_differ
 from .tensors import NoContentError, is_plain
 
 __all__ = ["Form", "Outline", "Recipe", "form_of", "outline_of", "recipe_of"]
@@ -130,6 +131,22 @@ class Recipe(NamedTuple):
                 for place, meta in zip(self.places or (), metas, strict=True)
             ]
         )
+
+    def differs(self, names: frozenset[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the rows of a call of this outline differ in anything that is named (see `sameness`).
+
+        Rows of which the caller gave the keys are taken at his word.
+        """
+        if self.places is None or self.tokens is not None:
+            return False
+        values = (*args, *kwargs.values())
+        for place, (path, *_) in zip(self.places, self.metas, strict=True):
+            value = values[place]
+            if path in names and values_differ(value):
+                return True
+            if type(value) is not torch.Tensor and f"len({path})" in names and lengths_differ(value):
+                return True
+        return False
 
     def keyed(self, keys: list[bytes], args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Given | None) -> Keyed:
         """The keys of a call of this outline with what they are made of."""

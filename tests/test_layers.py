@@ -14,7 +14,7 @@ LAYERS = [
     {"notices", "tensors"},
     {"digest", "rows"},
     {"row_digests", "outputs", "stats", "modes", "batch", "cut"},
-    {"arguments", "selfcheck"},
+    {"arguments", "sameness", "selfcheck"},
     {"fingerprint"},
     {"keys", "stores"},
     {"explain", "plan", "recipe", "opening"},
