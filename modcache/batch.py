@@ -281,7 +281,7 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
         for item in value.values():
             yield from tensors_in(item)
     elif isinstance(value, list | tuple):
-        if value and type(value[0]) is not str:
+        if set(map(type, value)) != {str}:
             for item in value:
                 yield from tensors_in(item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 import numpy as np
-import torch
 
+from .batch import tensors_in
 from .keys.padding import token_dims, unpad_rows
 from .keys.tokens import TokenRows
 from .manifests import TokenDims
@@ -16,9 +16,13 @@ from .outputs import NotRowsError, rows_of
 from .rows import Rows
 from .running import Job, Part, Run, apart, fitted, is_out_of_memory, prepared, run_rows
 from .sameness import sameness
-from .selfcheck import difference, lengths_of, preserved_randomness, rows_to_check, sizes_of
+from .selfcheck import difference, lengths_of, preserved_randomness, random_state, rows_to_check, sizes_of
 
 __all__ = ["Computed", "compute", "compute_again", "self_check_failed"]
+
+_DRAWN_ROWS = 16
+_DRAWN_AGAIN = 16
+"""How many rows of a module that draws random numbers are run again, and how often."""
 
 
 class Computed(NamedTuple):
@@ -41,18 +45,23 @@ def compute(job: Job, places: list[int], *, check: bool) -> Computed:
     """
     memo, site, tokens = job.memo, job.site, job.keyed.tokens
     width = 0 if tokens is None else int(tokens.lengths[places].max())
+    dims = memo.passed(site.namespace, job.form)
+    unknown = dims is None and (check or not memo.is_steady(site.namespace, job.form))
+    before = random_state() if unknown else ()
     run = run_rows(job, places, width)
+    draws = unknown and before != random_state()
     moved = job.host.settle()
     rows = _rows(job, run)
     if moved is not None:
         _weights_moved(job, run, moved)
     memo.note_still()
-    dims = memo.passed(site.namespace, job.form)
     if dims is not None and tokens is not None and not _follow_tokens(dims, rows, width):
         dims = None  # what an earlier run left word of is not true of this output
     if check or (dims is None and (tokens is not None or not memo.options.per_row)):
-        found = _self_check(job, places, rows, run, width)
+        found = _self_check(job, places, rows, run, width, draws=draws)
         dims = dims if found is None and tokens is not None else found
+    elif unknown and (not draws or _steady(job, places, rows, run, width, ((),) * len(rows.layout.leaves))):
+        memo.note_steady(site.namespace, job.form)
     if tokens is None:
         return Computed(((np.arange(len(places)), rows),), checked=dims is not None)
     if dims is None:
@@ -85,9 +94,10 @@ def _rows(job: Job, run: Run) -> Rows:
         Bypass: it cannot be parted into rows, or something trainable feeds it.
     """
     try:
-        if job.host.grad and _any_needs_grad(run.output):
-            raise NotRowsError("its output needs grad: something trainable that is no parameter of it feeds the output")
-        return rows_of(run.output, run.rows if job.memo.options.per_row else None, job.home)
+        rows = rows_of(run.output, run.rows if job.memo.options.per_row else None, job.home)
+        if not (job.host.grad and any(tensor.requires_grad for tensor in tensors_in(run.output))):
+            return rows
+        raise NotRowsError("its output needs grad: something trainable that is no parameter of it feeds the output")
     except NotRowsError as error:
         raise Bypass(
             "output is not rows",
@@ -95,16 +105,6 @@ def _rows(job: Job, run: Run) -> Rows:
             "if the module has no batch dimension.",
             *((run.output,) if run.whole else ()),
         ) from None
-
-
-def _any_needs_grad(output: object) -> bool:
-    if isinstance(output, torch.Tensor):
-        return output.requires_grad
-    if isinstance(output, Mapping):
-        return any(map(_any_needs_grad, output.values()))
-    if isinstance(output, tuple | list):
-        return any(map(_any_needs_grad, output))
-    return hasattr(output, "__dataclass_fields__") and any(map(_any_needs_grad, vars(output).values()))
 
 
 def _weights_moved(job: Job, run: Run, name: str) -> NoReturn:
@@ -124,30 +124,26 @@ def _give_up(run: Run) -> NoReturn:
 # --- the self-check -------------------------------------------------------------------------------------
 
 
-def _self_check(job: Job, places: list[int], rows: Rows, run: Run, width: int) -> TokenDims | None:
+def _self_check(job: Job, places: list[int], rows: Rows, run: Run, width: int, *, draws: bool) -> TokenDims | None:
     """Run the module once more on a few of the rows; ``None`` if that could not be done.
+
+    Args:
+        job: the call.
+        places: the computed rows.
+        rows: what the module gave for them.
+        run: the run in which it did.
+        width: the tokens that they were padded to, if they have any.
+        draws: whether it drew random numbers.
 
     Raises:
         Bypass: the rows came out otherwise, so they depend on chance or on each other.
     """
     tokens = job.keyed.tokens
     chosen, other_width = _choice(job, places, rows, width)
-    try:
-        ready = _ready_again(job, chosen, other_width)
-    except Exception:  # of prepare: another batch may tell more
+    with preserved_randomness():
+        other = _again(job, run, chosen, other_width, wider=other_width > width)
+    if other is None:
         return None
-    try:
-        with preserved_randomness():
-            again = apart(ready)
-            job.host.settle()
-    except Exception as error:
-        if is_out_of_memory(error) or other_width > width:
-            return None
-        _fail(job, run, f"on some of the rows of the batch alone it raises {type(error).__name__}: {error}")
-    try:
-        other = rows_of(again, len(chosen) if job.memo.options.per_row else None, job.home)
-    except NotRowsError as error:
-        _fail(job, run, str(error))
     dims: TokenDims = ((),) * len(rows.layout.leaves)
     if tokens is not None:
         found = token_dims(rows.layout, width, other.layout, other_width)
@@ -157,9 +153,57 @@ def _self_check(job: Job, places: list[int], rows: Rows, run: Run, width: int) -
     for left, right in _comparable(rows, other, places, chosen, dims, tokens):
         if (found_difference := difference(left, right, job.site.floor)) is not None:
             _fail(job, run, found_difference)
+    if draws and not _steady(job, places, rows, run, width, dims):
+        return None
     same = sameness(job.batch, places, () if tokens is None else tokens.paths)
     job.memo.let_pass(job.site.namespace, job.form, dims, same)
     return dims
+
+
+def _again(job: Job, run: Run, chosen: list[int], width: int, *, wider: bool = False) -> Rows | None:
+    """What the module gives for some of the rows now; ``None`` if that could not be done.
+
+    Raises:
+        Bypass: it does not give rows for these rows alone.
+    """
+    try:
+        ready = _ready_again(job, chosen, width)
+    except Exception:  # of prepare: another batch may tell more
+        return None
+    try:
+        output = apart(ready)
+        job.host.settle()
+    except Exception as error:
+        if is_out_of_memory(error) and len(set(chosen)) < len(chosen):
+            return _again(job, run, chosen[:1], width, wider=wider)
+        if is_out_of_memory(error) or wider:
+            return None
+        _fail(job, run, f"on some of the rows of the batch alone it raises {type(error).__name__}: {error}")
+    try:
+        return rows_of(output, len(chosen) if job.memo.options.per_row else None, job.home)
+    except NotRowsError as error:
+        _fail(job, run, str(error))
+
+
+def _steady(job: Job, places: list[int], rows: Rows, run: Run, width: int, dims: TokenDims) -> bool:
+    """Whether rows stay the same while it draws other random numbers; ``False`` if that could not be found out.
+
+    Chance may be rare (a layer that is dropped now and then) or coarse (a label that is sampled), so one more run
+    shows too little. Some modules draw and make no use of it in eval mode; these may be cached.
+
+    Raises:
+        Bypass: a row came out otherwise.
+    """
+    chosen = places[:_DRAWN_ROWS]
+    with preserved_randomness():
+        for _ in range(_DRAWN_AGAIN):
+            other = _again(job, run, chosen, width)
+            if other is None:
+                return False
+            for left, right in _comparable(rows, other, places, chosen, dims, job.keyed.tokens):
+                if (found := difference(left, right, job.site.floor)) is not None:
+                    _fail(job, run, f"it draws random numbers, and {found}")
+    return True
 
 
 def _choice(job: Job, places: list[int], rows: Rows, width: int) -> tuple[list[int], int]:
@@ -188,6 +232,7 @@ def _ready_again(job: Job, chosen: list[int], width: int) -> Callable[[], object
 def _comparable(
     rows: Rows, other: Rows, places: list[int], chosen: list[int], dims: TokenDims, tokens: TokenRows | None
 ) -> Sequence[tuple[Rows, Rows]]:
+    chosen = chosen[: len(other.tensors[0])] if other.tensors else chosen  # copies of a row may not have had room
     numbers = [places.index(place) for place in chosen]
     own = rows.take(numbers)
     if tokens is None:

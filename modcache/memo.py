@@ -120,6 +120,7 @@ class Memo:
         self._fleeting = False
         self._findings = _findings_in(store)
         self._blocked: dict[Form, str] = {}
+        self._steady: set[tuple[str, Form]] = set()
         self._unchecked: dict[tuple[str, Form], list[bytes]] = {}
         self._moved = 0
         self._latest: deque[tuple[int, str, Sequence[bytes]]] = deque(maxlen=64)
@@ -192,6 +193,15 @@ class Memo:
     ) -> None:
         if self.word.lasts:
             self._guarded("describing", lambda: self.word.note(namespace, form, dims, same))
+
+    def is_steady(self, namespace: str, form: Form) -> bool:
+        """Whether the module draws no random numbers on single rows of this form, or makes no use of them."""
+        return (namespace, form) in self._steady
+
+    def note_steady(self, namespace: str, form: Form) -> None:
+        """That need not be looked at again and again."""
+        with self._lock:
+            self._steady.add((namespace, form))
 
     def note_unchecked(self, namespace: str, form: Form, keys: Sequence[bytes]) -> None:
         """Rows were stored although nothing could be checked with them; a failing check drops them."""

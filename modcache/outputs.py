@@ -109,6 +109,7 @@ def _checked_leaf(tensor: torch.Tensor, path: str, count: int | None, home: torc
         not is_ordinary(tensor)
         or tensor.layout is not torch.strided
         or tensor.is_quantized
+        or tensor.is_nested
         or tensor.device.type == "meta"
     ):
         raise NotRowsError(

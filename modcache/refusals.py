@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from .fingerprint import Standing
 from .memo import Bypass
@@ -22,7 +24,17 @@ def unusual(module: nn.Module) -> str | None:
         return "a torch.func transform"
     if torch._C._len_torch_dispatch_stack():
         return "a dispatch mode"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"  # a row has no tangent
+    if torch._C._len_torch_function_stack() and not _only_a_device():
+        return "a function mode"
     return "a DataParallel replica" if "_is_replica" in module.__dict__ else None
+
+
+def _only_a_device() -> bool:
+    """Whether the function modes that are on say no more than where new tensors lie (`torch.set_default_device`)."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return all(type(mode) is DeviceContext for mode in modes)
 
 
 def refuse_standing(standing: Standing, grad: bool, *, versioned: bool) -> None:

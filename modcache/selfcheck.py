@@ -11,8 +11,17 @@ import torch
 
 from .batch import Batch
 from .rows import Rows
+from .tensors import memory_of
 
-__all__ = ["difference", "lengths_of", "preserved_randomness", "rows_to_check", "sizes_of", "tolerance_of"]
+__all__ = [
+    "difference",
+    "lengths_of",
+    "preserved_randomness",
+    "random_state",
+    "rows_to_check",
+    "sizes_of",
+    "tolerance_of",
+]
 
 _EXACT = 0.0
 _TOLERANCE = {
@@ -34,11 +43,17 @@ def tolerance_of(dtype: torch.dtype) -> float:
 
 
 def rows_to_check(places: list[int], sizes: list[float], lengths: list[int] | None = None) -> list[int]:
-    """At most two of the computed rows: of middling size, at other places than before, and no mirror images.
+    """The few computed rows that are run again: such that most ways to depend on other rows would show.
 
-    A row that holds the largest or smallest value of its batch would not notice that all rows are scaled by it. The
-    later of the two comes first, so that a row that depends on its place gives itself away. Where inputs differ in
-    length, the shortest is among them: it shows whether rows are padded to the longest of their batch.
+    Of five rows or more, two: of middling size, because a row that holds the largest or smallest value of its batch
+    would not notice that all rows are scaled by it; and no two that swap places in a mirrored batch, in one of pairs
+    or in one of two halves. They are put at other places than before, also among the first, the last, the even and
+    the odd ones, so that a row that depends on its place gives itself away.
+    Where inputs differ in length, the shortest is among them: it shows whether rows are padded to the longest of
+    their batch.
+
+    Of fewer, one in several copies. Any two of four are a pair of one kind or the other; and what all rows share must
+    not fit, which a batch of one would let pass for anything.
 
     Args:
         places: the computed rows.
@@ -51,11 +66,28 @@ def rows_to_check(places: list[int], sizes: list[float], lengths: list[int] | No
     by_size = sorted(range(count), key=sizes.__getitem__)
     middling = [by_size[rank] for rank in sorted(range(count), key=lambda rank: abs(2 * rank - count + 1))]
     shortest = None if lengths is None else min(range(count), key=lengths.__getitem__)
-    if count < 4:
-        return [places[next(number for number in middling if number) if shortest is None else shortest]]
-    first = middling[0] if shortest is None else shortest
-    second = next(number for number in middling if number != first and first + number != count - 1)
-    return [places[max(first, second)], places[min(first, second)]]
+    if count <= _FEW:
+        telling = [number for number in middling if sizes[number] and 2 * number != count - 1]
+        first = shortest if shortest is not None else next(iter(telling), middling[-1])
+        return [places[first]] * (2 if count == 3 else 3)
+    others = middling[:_MIDDLING] if shortest is None else [shortest]
+    pairs = [pair for second in middling for first in others for pair in ((first, second), (second, first))]
+    pair = next((pair for pair in pairs if _telling(*pair, count)), None)
+    if pair is None:
+        raise AssertionError(f"of {count} rows, no two tell anything")
+    return [places[number] for number in pair]
+
+
+_FEW = 4
+_MIDDLING = 3
+
+
+def _telling(first: int, second: int, count: int) -> bool:
+    """Whether two rows of a batch, run again in this order, are no pair of it, and have other places than before."""
+    partners = first + second == count - 1 or first // 2 == second // 2 or abs(first - second) * 2 == count
+    ends = first == 0 or second == count - 1
+    parities = first % 2 == 0 and second % 2 == 1
+    return first != second and not (partners or ends or parities)
 
 
 def lengths_of(batch: Batch, places: list[int]) -> list[int] | None:
@@ -124,6 +156,14 @@ def _leaf_difference(left: torch.Tensor, right: torch.Tensor, floor: float) -> s
         return None
     worst = float((apart / size.clamp_min(torch.finfo(torch.float64).tiny)).max())
     return f"values differ by up to {worst:.2g} of the row's root mean square (allowed: {tolerance:g})"
+
+
+def random_state() -> tuple[object, ...]:
+    """Where the random numbers of torch, its accelerators in use, numpy and Python stand; equal until one is drawn."""
+    _, words, *rest = np.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    states = (torch.get_rng_state(), *cuda)
+    return random.getstate(), np.asarray(words).tobytes(), *rest, *(bytes(memory_of(state)) for state in states)
 
 
 @contextlib.contextmanager

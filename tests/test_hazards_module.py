@@ -587,6 +587,40 @@ def test_functional_transforms():
     agree(cached, plain, X)
 
 
+def test_forward_mode_differentiation():
+    """The tangent of an input goes through the module, also for rows that are stored."""
+    from torch.autograd import forward_ad
+
+    cached, plain = pair(Typed())
+    agree(cached, plain, X)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X, torch.ones_like(X))
+        found, expected = (forward_ad.unpack_dual(module(dual)) for module in (cached, plain))
+        assert_same(found.primal, expected.primal)
+        assert_same(found.tangent, expected.tangent)
+    agree(cached, plain, X)
+
+
+def test_function_modes():
+    """Inside of a mode that does something else in place of torch's functions nothing is served, nor stored."""
+
+    class Doubles(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            return found * 2 if function is torch.nn.functional.linear else found
+
+    cached, plain = pair(Typed())
+    agree(cached, plain, X)
+    for batch in (X, X + 1):
+        with Doubles():
+            agree(cached, plain, batch)
+        agree(cached, plain, batch)
+    before = hits(cached)
+    with torch.device("cpu"):  # a function mode as well, which says where new tensors lie
+        agree(cached, plain, X)
+    assert hits(cached) == before + 2 * len(X)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant):
     """A cached module inside a checkpointed part, with something trained before and after it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import warnings
 from typing import Any, NamedTuple
 
 import pytest
@@ -575,3 +576,45 @@ def test_an_output_class_that_was_defined_again():
         cached = cached_module(Remade(cls), freeze=True)
         found = [cached(torch.ones(2, 3)) for _ in range(2)]
         assert [type(output) is cls for output in found] == [True, True]
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    vector: object
+    norm: object = None
+
+
+def test_dataclass_with_slots():
+    """A dataclass without a ``__dict__`` is a structure like any other, in grad mode too."""
+    cached, plain = pair(Apply(lambda x: Slotted(x * 2, x.norm(dim=1))))
+    for _ in range(2):
+        expected, found = plain(X), cached(X)
+        assert type(found) is Slotted
+        assert_same([found.vector, found.norm], [expected.vector, expected.norm])
+    assert hits(cached) == len(X)
+
+
+def test_nested_tensors_are_given_as_they_are():
+    """A nested tensor has no rows to part; the call is bypassed, whichever layout it has."""
+    for layout in (torch.strided, torch.jagged):
+        module = cached_module(Apply(lambda x, at=layout: torch.nested.as_nested_tensor(list(x), layout=at)).eval())
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert module(X).is_nested
+            assert module(X).is_nested
+        ours = [str(one.message) for one in said if one.category is CacheWarning]
+        assert len(ours) == 1
+        assert "not a dense tensor" in ours[0]
+
+
+def test_an_output_that_contains_itself():
+    """It cannot be stored, which is no reason to fail."""
+
+    def loops(x):
+        found = [x]
+        found.append(found)
+        return found
+
+    module = cached_module(Apply(loops).eval())
+    with pytest.warns(CacheWarning, match="contains itself"):
+        assert module(X)[0] is X

@@ -97,22 +97,41 @@ def test_the_floor_is_that_of_the_least_precise_arithmetic():
 
 @given(st.integers(0, 12), st.booleans(), st.randoms(use_true_random=False))
 def test_rows_to_check(count, ragged, chance):
-    """At most two rows, half of the batch at most, the first of them from another place; the shortest among them."""
+    """Two rows that are no pair, at other places than before; of four or fewer one, in another number; the shortest."""
     places = chance.sample(range(100), count)
     sizes = [chance.random() for _ in places]
     lengths = [chance.randrange(1, 5) for _ in places] if ragged else None
     chosen = rows_to_check(places, sizes, lengths)
-    assert len(chosen) == min(2, count // 2)
-    assert set(chosen) <= set(places)
-    assert len(set(chosen)) == len(chosen)
     numbers = [places.index(place) for place in chosen]
-    if lengths is None:
-        assert 0 not in numbers[:1]
-    elif chosen:
+    assert set(chosen) <= set(places)
+    if count < 2:
+        assert chosen == []
+        return
+    if lengths is not None:
         assert min(lengths[number] for number in numbers) == min(lengths)
-    if len(numbers) == 2:
-        assert numbers[0] > numbers[1]
-        assert sum(numbers) != count - 1
+    if count <= 4:
+        assert len(set(chosen)) == 1
+        assert len(chosen) not in (1, count)
+        return
+    first, second = numbers
+    assert first != second
+    if lengths is None:
+        assert first + second != count - 1
+        assert first // 2 != second // 2
+        assert abs(first - second) * 2 != count
+        assert first != 0
+        assert second != count - 1
+        assert first % 2 != 0 or second % 2 != 1
+
+
+@pytest.mark.parametrize("count", range(2, 13))
+@pytest.mark.parametrize("place", range(12))
+def test_the_shortest_row_is_checked_wherever_it_is(count, place):
+    """Also at an end of the batch, where its partners are few."""
+    shortest = place % count
+    lengths = [5] * count
+    lengths[shortest] = 2
+    assert shortest in rows_to_check(list(range(count)), [1.0] * count, lengths)
 
 
 def test_sizes_and_lengths():
@@ -208,3 +227,130 @@ def test_eval_makes_rows_of_their_own(model):
     with pytest.warns(CacheWarning, match="training mode"):
         trained(x)
     assert dict(cache_of(trained).stats.reasons) == {"training mode": 6}
+
+
+class _Of(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+CHANCES = {
+    "a path dropped now and then": lambda x: x * (torch.rand(len(x), 1) > (0.1 if len(x) > 1 else 0.4)),
+    "a sampled label": lambda x: torch.bernoulli(torch.sigmoid(x[:, 0])),
+    "a rare dropout": lambda x: nn.functional.dropout(x, 0.1, training=True),
+    "python's random": lambda x: x * (1 if random.random() > 0.3 else 2),
+    "numpy's random": lambda x: x.roll(int(np.random.randint(0, 2)), 1),
+}
+
+
+@pytest.mark.parametrize("kind", CHANCES)
+@pytest.mark.parametrize("count", [1, 8])
+def test_chance_that_is_rare_or_coarse(kind, count):
+    """A module that draws random numbers is run several times more, also on a single row, until they show."""
+    for number in range(8):
+        torch.manual_seed(number)
+        np.random.seed(number)
+        random.seed(number)
+        module = cached_module(_Of(CHANCES[kind]).eval())
+        batch = torch.randn(count, 24).round(decimals=1)
+        with pytest.warns(CacheWarning, match="it draws random numbers|run again on a few rows"):
+            module(batch)
+        assert cache_of(module).stats.bypassed == count
+
+
+def test_a_module_that_draws_and_makes_no_use_of_it_is_cached():
+    """Some encoders draw for layers that they drop in training only; the user's random numbers go on as they would."""
+    calls = []
+
+    def draws(x):
+        calls.append(len(x))
+        return x * 2 + 0 * torch.rand(())
+
+    module = cached_module(_Of(draws).eval())
+    torch.manual_seed(3)
+    batch = torch.randn(4, 3)
+    for _ in range(2):
+        for row in batch.split(1):
+            module(row)
+    assert cache_of(module).stats.hits == 4
+    many = len(calls)
+    assert many < 4 + 32, "only the first single row is run again and again"
+    module(batch)
+    module(batch)
+    assert cache_of(module).stats.hits == 8
+    torch.manual_seed(5)
+    draws(batch)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    module(torch.randn(4, 3, generator=torch.Generator().manual_seed(9)))
+    torch.testing.assert_close(torch.rand(3), expected)
+
+
+INTERACTING = {
+    "scaled by the largest": lambda x: x / x.abs().max(),
+    "less the first": lambda x: x - x[:1],
+    "less the last": lambda x: x - x[-1:],
+    "less the median": lambda x: x - x.median(0).values,
+    "place": lambda x: x + torch.arange(len(x))[:, None],
+    "parity of the place": lambda x: x * (1 - 2 * (torch.arange(len(x)) % 2))[:, None],
+    "turned over": lambda x: x.flip(0),
+    "rolled": lambda x: x.roll(1, 0),
+    "rank": lambda x: x[:, 0].argsort().argsort(),
+    "partners": lambda x: x.view(-1, 2, 3).flip(1).reshape(x.shape) if len(x) % 2 == 0 else x,
+    "halves": lambda x: x.roll(len(x) // 2, 0) if len(x) % 2 == 0 else x,
+}
+
+
+@pytest.mark.parametrize("kind", INTERACTING)
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
+def test_rows_of_small_batches_that_depend_on_each_other(kind, count):
+    """They are found out at the first batch, whichever rows that is made of."""
+    if kind in ("partners", "halves") and count % 2:
+        pytest.skip("no pairs in it")
+    for number in range(10):
+        torch.manual_seed(number)
+        module = cached_module(_Of(INTERACTING[kind]).eval())
+        with pytest.warns(CacheWarning, match="run again on a few rows"):
+            module(torch.randn(count, 3))
+
+
+SHARED = {
+    "factors": (lambda x, w: x * w, torch.ones),
+    "no mask yet": (lambda x, w: x.masked_fill(w, 0.0), lambda size: torch.zeros(size, dtype=torch.bool)),
+    "a square": (lambda x, w: (x[:, None] + w).softmax(-1).sum(1), lambda size: torch.zeros(size, size)),
+    "a list": (lambda x, w: x * torch.tensor(w), lambda size: [1.0] * size),
+}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_a_shared_argument_of_the_size_of_the_batch_that_changes_nothing_yet(kind, count):
+    """A table of ones says nothing by its values, but some rows of it do not fit."""
+    function, table = SHARED[kind]
+    module = cached_module(_Of(function).eval())
+    with pytest.warns(CacheWarning, match="name it in broadcast="):
+        module(torch.randn(count, count), table(count))
+
+
+def test_copies_that_do_not_fit_into_memory():
+    """Where three copies of a row have no room, one of it is looked at."""
+    sizes = []
+
+    def small(x):
+        sizes.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return x * 2
+
+    module = cached_module(_Of(small).eval())
+    batch = torch.randn(2, 3)
+    module(batch)
+    module(batch)
+    assert sizes == [2, 3, 1]
+    assert cache_of(module).stats.hits == 2
