@@ -97,7 +97,7 @@ class Group:
         if self.grid.mapped and self._map(used, directory, descriptors):
             assert self.grid.rows is not None
             matrix = self.grid.rows.take(at, axis=0)
-            return Taken(self._rows_of(matrix), self._wrong(matrix, at, 0, len(at)))
+            return Taken(self._rows_of(matrix), self._check(matrix, at))
         files = _Files(used, directory, descriptors)
         if len(self._edges) > 2 and self._row_bytes >= _LARGE:
             return self._read_leaves(files, places, at)
@@ -149,7 +149,7 @@ class Group:
         if self.grid.mapped and self._map(used, directory, descriptors):
             assert self.grid.rows is not None
             matrix = self.grid.rows.take(at, axis=0)
-            return matrix, self._wrong(matrix, at, 0, len(at))
+            return matrix, self._check(matrix, at)
         return self._read(_Files(used, directory, descriptors), places, at)
 
     # --- files ----------------------------------------------------------------------------------------
@@ -167,17 +167,17 @@ class Group:
         )
 
     def _read(self, files: _Files, places: Places, at: Places) -> tuple[_Matrix, Places]:
-        matrix = np.empty((len(places), self._row_bytes), np.uint8)
-        flat, wrong, size = memoryview(matrix.data).cast("B") if matrix.size else None, [], self._row_bytes
-        most = max(1, _RUN // size) if size else len(places)
-        for first, last in _runs(places, most):
+        matrix, size = np.empty((len(places), self._row_bytes), np.uint8), self._row_bytes
+        flat = memoryview(matrix.data).cast("B") if size else memoryview(b"")
+        todo, sums = self._unchecked(at), []
+        unchecked = frozenset(todo.tolist())
+        for first, last in _runs(places, max(1, _RUN // size) if size else len(places)):
             number, row = divmod(int(places[first]), 1 << ROW_BITS)
-            if flat is not None:
-                offset = ROWS_HEAD_BYTES + row * size
-                if not read_into(files[number], offset, [flat[first * size : last * size]]):
-                    raise LostError([number])
-            wrong.append(self._wrong(matrix, at, first, last))
-        return matrix, np.concatenate(wrong)
+            if size and not read_into(files[number], ROWS_HEAD_BYTES + row * size, [flat[first * size : last * size]]):
+                raise LostError([number])
+            # Right here, where the rows are in the cache.
+            sums += [checksum(flat[i * size : (i + 1) * size]) for i in range(first, last) if i in unchecked]
+        return matrix, self._wrong(at, todo, sums)
 
     def _read_leaves(self, files: _Files, places: Places, at: Places) -> Taken:
         """Large rows of several leaves go straight to where their leaves stand together."""
@@ -186,7 +186,8 @@ class Group:
         filled = [
             (memoryview(column.data).cast("B"), size) for column, size in zip(columns, sizes, strict=True) if size
         ]
-        unchecked, wrong = ~self.grid.checked.take(at), []
+        todo, sums = self._unchecked(at), []
+        unchecked = frozenset(todo.tolist())
         for i, place in enumerate(places.tolist()):
             number, row = divmod(place, 1 << ROW_BITS)
             views = [flat[i * size : (i + 1) * size] for flat, size in filled]
@@ -196,34 +197,35 @@ class Group:
                 if not read_into(file, offset, part):
                     raise LostError([number])
                 offset += sum(view.nbytes for view in part)
-            if unchecked[i]:
-                if checksum(b"".join(views)) == self.grid.sums[at[i]]:
-                    self._note_checked(at[i : i + 1])
-                else:
-                    wrong.append(i)
-        return Taken(self._tensors_of(columns), np.array(wrong, np.int64))
+            if i in unchecked:
+                sums.append(checksum(b"".join(views)))
+        return Taken(self._tensors_of(columns), self._wrong(at, todo, sums))
 
-    # --- from bytes to tensors ------------------------------------------------------------------------
+    # --- checksums ------------------------------------------------------------------------------------
 
-    def _wrong(self, matrix: _Matrix, at: Places, first: int, last: int) -> Places:
-        """Which of some rows are not what was committed; each is looked at once in a process."""
+    def _unchecked(self, at: Places) -> Places:
+        """Which rows are to be compared with their checksum: each is, once in a process."""
         if not self.grid.unchecked:
             return _NONE
-        spots = at[first:last]
-        checked = self.grid.checked.take(spots)
-        if checked.all():
-            return _NONE
-        todo = np.flatnonzero(~checked)
-        found = np.array([checksum(matrix[first + i]) for i in todo.tolist()], np.uint64)
-        right = found == self.grid.sums[spots[todo]]
-        self._note_checked(spots[todo[right]])
-        wrong: Places = todo[~right] + first
-        return wrong
+        return np.flatnonzero(~self.grid.checked.take(at))
 
-    def _note_checked(self, spots: Places) -> None:
-        spots = np.unique(spots)
+    def _check(self, matrix: _Matrix, at: Places) -> Places:
+        """Which rows of a matrix are not what was committed."""
+        todo = self._unchecked(at)
+        return self._wrong(at, todo, [checksum(matrix[i]) for i in todo.tolist()])
+
+    def _wrong(self, at: Places, todo: Places, sums: list[int]) -> Places:
+        """Which of these rows do not have the checksum that they were committed with."""
+        if not len(todo):
+            return _NONE
+        right = np.array(sums, np.uint64) == self.grid.sums[at[todo]]
+        spots = np.unique(at[todo[right]])
         self.grid.unchecked -= int((~self.grid.checked[spots]).sum())
         self.grid.checked[spots] = True
+        wrong: Places = todo[~right]
+        return wrong
+
+    # --- from bytes to tensors ------------------------------------------------------------------------
 
     def _rows_of(self, matrix: _Matrix) -> Rows:
         if len(self._edges) == 2:
@@ -245,13 +247,15 @@ class _Files:
     def __init__(self, used: list[Segment], directory: Directory, descriptors: Descriptors) -> None:
         self._used = {segment.number: segment for segment in used}
         self._directory, self._descriptors = directory, descriptors
+        self._last = -1, -1  # the number, and the descriptor, which is right until another one is got
 
     def __getitem__(self, number: int) -> int:
-        segment = self._used[number]
-        try:
-            return _open(segment, self._directory, self._descriptors)
-        except (OSError, DamageError):
-            raise LostError([number]) from None
+        if number != self._last[0]:
+            try:
+                self._last = number, _open(self._used[number], self._directory, self._descriptors)
+            except (OSError, DamageError):
+                raise LostError([number]) from None
+        return self._last[1]
 
 
 def _is_whole(segment: Segment, directory: Directory, descriptors: Descriptors, *, linked: bool) -> bool:
