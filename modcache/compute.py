@@ -171,7 +171,8 @@ def _again(job: Job, run: Run, chosen: list[int], width: int, *, wider: bool = F
     except Exception:  # of prepare: another batch may tell more
         return None
     try:
-        output = apart(ready)
+        with job.host.undisturbed():
+            output = apart(ready)
         job.host.settle()
     except Exception as error:
         if is_out_of_memory(error) and len(set(chosen)) < len(chosen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
@@ -35,6 +36,7 @@ class Host(NamedTuple):
         settle: to be called after each run; the name of a weight that the run changed, if any.
         grad: whether grad mode is on.
         turn: the number of the look at its weights that this call relies on.
+        undisturbed: opened around a run that the user did not ask for, it leaves what the module notes as it was.
     """
 
     run: Callable[..., object]
@@ -42,6 +44,7 @@ class Host(NamedTuple):
     settle: Callable[[], str | None]
     grad: bool
     turn: int
+    undisturbed: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class Job(NamedTuple):

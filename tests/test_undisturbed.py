@@ -1,0 +1,94 @@
+"""A run that nobody asked for leaves what a module notes on itself as it was."""
+
+from collections import deque
+
+import pytest
+import torch
+from torch import nn
+
+from modcache.undisturbed import undisturbed
+
+
+class Notes(nn.Module):
+    """Notes each call in every way that a module may."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+        self.seen = []
+        self.by_name = {"kept": 1}
+        self.kinds = {1}
+        self.latest = deque(maxlen=2)
+        self.gone = "there at first"
+        self.before = None
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.inner = nn.Identity()
+
+    def forward(self, x):
+        self.count += 1
+        self.seen.append(float(x.sum()))
+        self.by_name["last"] = self.by_name["kept"] = x
+        self.kinds.add(self.count + 1)
+        self.latest.append(self.count)
+        self.before = x
+        self.new = x
+        if hasattr(self, "gone"):
+            del self.gone
+        self.calls += 1
+        self.inner.count = self.count
+        return x * 2
+
+
+def noted(module):
+    return {
+        "count": module.count,
+        "seen": list(module.seen),
+        "by_name": dict(module.by_name),
+        "kinds": set(module.kinds),
+        "latest": list(module.latest),
+        "gone": getattr(module, "gone", None),
+        "before": module.before,
+        "new": getattr(module, "new", None),
+        "calls": int(module.calls),
+        "inner": getattr(module.inner, "count", None),
+    }
+
+
+def test_everything_is_put_back():
+    """Attributes, items, counters, what was removed and what is new; containers stay the same objects."""
+    module = Notes()
+    before, containers = noted(module), [module.seen, module.by_name, module.kinds, module.latest]
+    with undisturbed(module):
+        module(torch.ones(2))
+        assert module.count == 1
+    assert noted(module) == before
+    assert all(
+        one is other
+        for one, other in zip(containers, [module.seen, module.by_name, module.kinds, module.latest], strict=True)
+    )
+
+
+def test_it_is_put_back_after_an_error_too():
+    """A forward that fails half-way leaves no half of a note."""
+    module = Notes()
+    with pytest.raises(ZeroDivisionError), undisturbed(module):
+        module(torch.ones(2))
+        raise ZeroDivisionError
+    assert module.count == 0
+    assert module.seen == []
+
+
+def test_what_was_not_changed_is_not_written():
+    """Another thread may be at work: a list that the run left alone is not emptied and filled again."""
+
+    class Untouchable(list):
+        def clear(self):
+            raise AssertionError("written")
+
+    module = Notes()
+    module.seen = Untouchable([1])
+    version = module.calls._version
+    with undisturbed(module):
+        module.count += 1
+    assert module.seen == [1]
+    assert module.calls._version == version
