@@ -124,7 +124,8 @@ class Attached:
         return call(self.memo, site, host, args, kwargs, given, output)
 
     def moved(self) -> None:
-        """The module is being moved or cast: nothing that depends on where it was may be kept."""
+        """The module is being moved, cast or compiled anew: nothing that depends on what it was may be kept."""
+        self._binder = None
         self.identity.drop()
         self._sites.clear()
         self.memo.recipes.clear()

@@ -94,6 +94,8 @@ def subclass(cls: type[nn.Module], more: dict[str, Any]) -> type[nn.Module]:
         "_apply": noticed_apply(cls),
         **more,
     }
+    if issubclass(cls, torch.fx.GraphModule):
+        body["recompile"] = _recompile(cls)
     if (become := getattr(cls, "cls_to_become", None)) is not None:
         body["cls_to_become"] = cached_class(become)  # a lazy module stays wrapped when it materialises
     made: type[nn.Module] = type(cls)(cls.__name__, (cls,), body)  # type: ignore[misc]  # of its own metaclass
@@ -173,6 +175,21 @@ def noticed_apply(cls: type[nn.Module]) -> Callable[..., Any]:
         return cls._apply(self, *args, **kwargs)  # type: ignore[no-any-return, no-untyped-call]
 
     return apply
+
+
+def _recompile(cls: type[torch.fx.GraphModule]) -> Callable[..., Any]:
+    @functools.wraps(cls.recompile)
+    def recompile(self: torch.fx.GraphModule) -> Any:
+        made = type(self)
+        self.__class__ = cls  # it writes the new forward onto the class of the module
+        try:
+            return cls.recompile(self)
+        finally:
+            self.__class__ = made
+            if (found := self.__dict__.get(ATTACHED)) is not None:
+                found.moved()
+
+    return recompile
 
 
 # --- pickling -------------------------------------------------------------------------------------------

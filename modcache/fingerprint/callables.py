@@ -26,7 +26,7 @@ def callable_digest(fn: object) -> tuple[bytes, tuple[str, ...]]:
     seen = reader.finish()
     for name, module in seen.modules.items():
         content += encode(class_name(type(module)))
-        seen.opaque[f"{name} ({class_name(type(module))})"] = None
+        seen.opaque[f"{name} ({class_name(type(module))})"] = module
     for name, tensor in seen.tensors.items():
         content += encode(name) + _content_or_opaque(tensor, name, seen)
     for name, array in seen.arrays.items():
@@ -39,5 +39,5 @@ def _content_or_opaque(tensor: torch.Tensor, name: str, seen: Seen) -> bytes:
     try:
         return encode(tensor)
     except NoContentError:
-        seen.opaque[f"{name} ({class_name(type(tensor))})"] = None
+        seen.opaque[f"{name} ({class_name(type(tensor))})"] = tensor
         return b""

@@ -6,7 +6,7 @@ import dis
 import functools
 import sys
 import types
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..digest import encode, frame
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _LOADS_GLOBAL = frozenset(dis.opmap[name] for name in ("LOAD_GLOBAL", "LOAD_NAME") if name in dis.opmap)
 _LOAD_GLOBAL = dis.opmap["LOAD_GLOBAL"]
+_IMPORT_NAME = dis.opmap["IMPORT_NAME"]
 # Since 3.11 the lowest bit of LOAD_GLOBAL's argument says whether a NULL is pushed before the value.
 _GLOBAL_SHIFT = 1 if sys.version_info >= (3, 11) else 0
 
@@ -69,10 +70,25 @@ def _nested(value: object) -> bytes | None:
     return code_bytes(value) if isinstance(value, types.CodeType) else None
 
 
+class Names(NamedTuple):
+    """The names in a code object and in those nested in it.
+
+    Args:
+        read: the global names that it reads.
+        used: all names that it uses, those of attributes too.
+        imported: the modules that it imports when it runs, as they are written there.
+    """
+
+    read: tuple[str, ...]
+    used: tuple[str, ...]
+    imported: tuple[str, ...]
+
+
 @functools.lru_cache(maxsize=4096)
-def _names_of(identity: _Exactly) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _names_of(identity: _Exactly) -> Names:
     code = identity.code
     read: dict[str, None] = {}
+    imported: dict[str, None] = {}
     known: dict[str, None] = dict.fromkeys(code.co_names)
     extended = 0
     raw = code.co_code
@@ -81,16 +97,19 @@ def _names_of(identity: _Exactly) -> tuple[tuple[str, ...], tuple[str, ...]]:
         extended = argument << 8 if op == dis.EXTENDED_ARG else 0
         if op in _LOADS_GLOBAL:
             read[code.co_names[argument >> (_GLOBAL_SHIFT if op == _LOAD_GLOBAL else 0)]] = None
+        elif op == _IMPORT_NAME:
+            imported[code.co_names[argument]] = None
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
-            inner_read, inner_known = _names_of(_Exactly(inner))
-            read.update(dict.fromkeys(inner_read))
-            known.update(dict.fromkeys(inner_known))
-    return tuple(read), tuple(known)
+            within = _names_of(_Exactly(inner))
+            read.update(dict.fromkeys(within.read))
+            known.update(dict.fromkeys(within.used))
+            imported.update(dict.fromkeys(within.imported))
+    return Names(tuple(read), tuple(known), tuple(imported))
 
 
-def global_names(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The global names that a code object reads (nested ones too), and all names it uses (attributes too)."""
+def names_in(code: types.CodeType) -> Names:
+    """The names that a code object uses to reach what lies outside of it."""
     return _names_of(_Exactly(code))
 
 

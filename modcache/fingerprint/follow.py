@@ -8,8 +8,11 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from ..digest import digest, encode, frame
-from .code import code_bytes, global_names, installed, of_library
+from .code import code_bytes, installed, names_in, of_library
+from .patched import FUNCTIONAL, patched_functions
 from .values import IMMUTABLE, ValueReader, class_name
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ _NO_CONTENT_IN_CLASS = frozenset(
     _modcache_original""".split()
 )
 _CALLED_BY_TORCH = ("forward", "__call__", "__getattr__", "__getattribute__", "__torch_function__")
+_MOST_REPLACED = "scaled_dot_product_attention"
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
 
 
@@ -52,6 +56,9 @@ class Reader(ValueReader):
         if isinstance(value, functools.partial):
             inside = (value.func, value.args, dict(value.keywords))
             return frame(b"partial", b"".join(self.value(item, path) for item in inside))
+        if isinstance(value, functools.partialmethod):
+            inside = (value.func, value.args, dict(value.keywords))
+            return frame(b"partialmethod", b"".join(self.value(item, path) for item in inside))
         if isinstance(value, staticmethod | classmethod):
             return frame(type(value).__name__.encode(), self.value(value.__func__, path))
         if isinstance(value, property):
@@ -72,7 +79,10 @@ class Reader(ValueReader):
     def function(self, fn: types.FunctionType, path: str) -> bytes:
         """A function by its code, defaults and closure; the global names it reads are followed."""
         closure = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
-        inside = b"".join(self._cell(cell, f"{path} variable {name}") for name, cell in closure if name != "__class__")
+        used = names_in(fn.__code__).used
+        inside = b"".join(
+            self._cell(cell, f"{path} variable {name}", used) for name, cell in closure if name != "__class__"
+        )
         if of_library(fn.__module__) and _goes_by_name(fn):
             return frame(b"named", encode(f"{fn.__module__}.{fn.__qualname__}") + inside)
         self.seen.functions[id(fn)] = fn
@@ -83,14 +93,25 @@ class Reader(ValueReader):
         content = code_bytes(fn.__code__) + given + inside + self.fields(extra, path)
         return frame(b"function", content + self._globals(fn))
 
-    def _cell(self, cell: types.CellType, path: str) -> bytes:
+    def _cell(self, cell: types.CellType, path: str, used: tuple[str, ...]) -> bytes:
         try:
             content = cell.cell_contents
         except ValueError:  # not filled yet
             return frame(b"empty", b"")
         if path not in self._bookkeeping:
             self.seen.cells[id(cell)] = cell, content
+        if isinstance(content, types.ModuleType):
+            return self.field(content, "", path) + self._inside(content, used, set())
         return self.field(content, "", path)
+
+    def python_module(self, module: types.ModuleType) -> bytes:
+        """A Python module that something refers to: all of it that is the user's own."""
+        inner = vars(module)
+        if of_library(module.__name__) or installed(inner):
+            return super().python_module(module)
+        names = sorted(name for name, value in inner.items() if not isinstance(value, types.ModuleType))
+        own = [self._global(inner, name, ()) for name in names if not name.startswith("__")]
+        return super().python_module(module) + b"".join(own)
 
     def _globals(self, fn: types.FunctionType) -> bytes:
         """Follow the global names of a function; its own bytes only say what they are bound to by name."""
@@ -100,9 +121,23 @@ class Reader(ValueReader):
         if not self._following:
             self._met.append(fn)
             return b""
-        read, known = global_names(fn.__code__)
-        self._call(known)
-        return b"".join(self._global(namespace, name, known) for name in read if name in namespace)
+        names = names_in(fn.__code__)
+        self._call(names.used)
+        found = [self._global(namespace, name, names.used) for name in names.read if name in namespace]
+        if names.imported and not installed(namespace):
+            found += self._imported(namespace.get("__package__"), names.imported, names.used)
+        return b"".join(found)
+
+    def _imported(self, package: object, written: Iterable[str], known: tuple[str, ...]) -> Iterable[bytes]:
+        """What a function imports when it runs; how many dots stand before a name is not looked at."""
+        for name in written:
+            for full in _places_of_module(name, package):
+                module = sys.modules.get(full)
+                if module is not None:
+                    inside = self._inside(module, known, set())
+                    yield encode(full) + inside if inside else b""
+                elif not of_library(full):
+                    self.seen.absent[full] = None
 
     def _global(self, namespace: dict[str, Any], name: str, known: tuple[str, ...]) -> bytes:
         value = namespace[name]
@@ -126,15 +161,46 @@ class Reader(ValueReader):
         return encode(name)
 
     def _python_module(self, namespace: dict[str, Any], name: str, known: tuple[str, ...]) -> bytes:
-        """A Python module by name; the attributes of it that the code may read are followed."""
+        """A Python module by name; what the code may read of it is followed."""
         module: types.ModuleType = namespace[name]
         self.seen.refer(namespace, name, module)
-        inner = vars(module)
-        if of_library(module.__name__) or installed(inner):
-            return encode((name, module.__name__))
-        read = [attribute for attribute in known if attribute in inner and attribute != name]
-        plain = [attribute for attribute in read if not isinstance(inner[attribute], types.ModuleType)]
-        return encode((name, module.__name__)) + b"".join(self._global(inner, attribute, ()) for attribute in plain)
+        return encode((name, module.__name__)) + self._inside(module, known, set())
+
+    def _inside(self, module: types.ModuleType, known: tuple[str, ...], done: set[int]) -> bytes:
+        """The names in a Python module that code may read as attributes of it, modules within it included."""
+        inner, found = vars(module), []
+        if id(inner) in done:
+            return b""
+        done.add(id(inner))
+        for name in known:
+            value = inner.get(name)
+            if isinstance(value, types.ModuleType):
+                self.seen.refer(inner, name, value)
+                found.append(self._inside(value, known, done))
+            elif name in inner and of_library(module.__name__):
+                found.append(self._library_name(inner, name))
+            elif name in inner:
+                found.append(self._global(inner, name, ()))
+        return b"".join(found)
+
+    def _library_name(self, inner: dict[str, Any], name: str) -> bytes:
+        """A function of a library counts by its name alone, unless somebody put something else in its place."""
+        value = inner[name]
+        if not callable(value):
+            return b""
+        self.seen.refer(inner, name, value)
+        if of_library(getattr(value, "__module__", None)) and not isinstance(value, functools.partial):
+            return b""
+        return self._replaced(f"{inner.get('__name__')}.{name}", value)
+
+    def _replaced(self, place: str, value: object) -> bytes:
+        self._reach(f"in the place of {place}", value)
+        return encode((place, str(getattr(value, "__module__", "")), str(getattr(value, "__qualname__", ""))))
+
+    def functional(self) -> bytes:
+        """What somebody put into `torch.nn.functional`; mostly nothing."""
+        self.seen.refer(FUNCTIONAL, _MOST_REPLACED, FUNCTIONAL[_MOST_REPLACED])
+        return b"".join(self._replaced(name, value) for name, value in sorted(patched_functions().items()))
 
     def _reach(self, name: str, value: object) -> None:
         # Read later, from a queue: how deep the way to it was must not count, and recursion has a limit.
@@ -145,7 +211,8 @@ class Reader(ValueReader):
     def class_reference(self, cls: type) -> bytes:
         """A class by name; what it defines, where it is not a library's, is a part of its own."""
         if not installed_class(cls):
-            for base in cls.__mro__:
+            metaclass: type = type(cls)
+            for base in (*cls.__mro__, *metaclass.__mro__):
                 self._reach_class(base)
         return frame(b"class", encode(class_name(cls)))
 
@@ -155,6 +222,9 @@ class Reader(ValueReader):
             self._reach_class(base)
         names = frame(b"classes", encode([class_name(base) for base in cls.__mro__]))
         patched = [base for base in cls.__mro__ if of_library(base.__module__) and _forward_is_foreign(base)]
+        for base in cls.__mro__:
+            for name in _functions_of_layer(base):
+                self.seen.refer(FUNCTIONAL, name, FUNCTIONAL.get(name))
         return names + b"".join(self.value(vars(base)["forward"], f"{class_name(base)}.forward") for base in patched)
 
     def _reach_class(self, cls: type) -> None:
@@ -232,6 +302,24 @@ def _goes_by_name(fn: types.FunctionType) -> bool:
     for name in fn.__qualname__.split("."):
         found = getattr(found, name, None)
     return getattr(found, "__code__", None) is fn.__code__
+
+
+def _places_of_module(name: str, package: object) -> tuple[str, ...]:
+    """The full names that a module may have that is written so in a package, from the nearest on."""
+    parts = package.split(".") if isinstance(package, str) and package else []
+    heads = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    relative = [f"{head}.{name}" if name else head for head in heads]
+    return (*relative, name) if name else tuple(relative)
+
+
+@functools.lru_cache(maxsize=512)
+def _functions_of_layer(cls: type) -> tuple[str, ...]:
+    """The names in `torch.nn.functional` that the methods of a class of torch use."""
+    if cls.__module__.partition(".")[0] != "torch" or cls is nn.Module:
+        return ()
+    methods = [value for value in vars(cls).values() if isinstance(value, types.FunctionType)]
+    used = {name for method in methods for name in names_in(method.__code__).used}
+    return tuple(sorted(name for name in used if callable(FUNCTIONAL.get(name))))
 
 
 def _forward_is_foreign(cls: type) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..digest import digest, encode
 from .facts import UNDETERMINED, Fingerprint, Standing, Suspect
 from .settle import Changes, changes
+from .strangers import Strangers
 from .training import first_in_training
 from .walk import Walk, walk
 from .watch import LATE_WITHIN, Moved, Watch
@@ -85,6 +86,7 @@ class Identity:
         self._turns = itertools.count(1)
         self._look: _Look | None = None
         self._weights = Weights()
+        self._strangers = Strangers()
         self._states: dict[tuple[bytes, object], int] = {}
         self._at: tuple[bytes, object] | None = None  # structure and weights of the last state
         self._epochs = itertools.count()
@@ -173,7 +175,9 @@ class Identity:
         unshaped = [(name, type(tensor).__name__) for name, tensor in watch.sealed.items()]
         facts = Facts(
             parts=found.parts,
-            structure=digest(encode(sorted(found.parts.items())) + encode(unshaped)),
+            structure=digest(
+                encode(sorted(found.parts.items())) + encode(unshaped) + self._strangers.said(found.seen.opaque)
+            ),
             opaque=tuple(found.seen.opaque),
             fields=found.seen.fields,
             raw=found.raw,
@@ -265,6 +269,14 @@ class Identity:
             return None
         with self._locked():
             found = walk(module, self._bookkeeping, self._also)
+            self._strangers.changed_by_forward(found.seen.opaque)
+            if look.watch.imported():
+                renewed = self._kept(found, module)
+                self._look = dataclasses.replace(renewed, standings=look.standings)
+                if renewed.facts.structure != look.facts.structure:
+                    self._look = renewed
+                    return "what it reads, by an import,"
+                look = self._look
             after = changes(look.watch, look.facts, found, Watch(found, module), self._weights)
             if after.bookkeeping:
                 self._remember(after, look)

@@ -6,6 +6,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import contextvars
+    import threading
     import types
 
     import numpy as np
@@ -20,8 +22,10 @@ class Seen:
     The objects are held, so that an ``id`` used as a key stays unique for as long as the record is used.
     """
 
-    opaque: dict[str, None] = dataclasses.field(default_factory=dict)
-    """Readable names of what counted by its class only."""
+    opaque: dict[str, object] = dataclasses.field(default_factory=dict)
+    """What counted by its class only, by readable names."""
+    sealed: dict[str, None] = dataclasses.field(default_factory=dict)
+    """Readable names of what holds weights that cannot be read."""
     reached: dict[str, set[bytes]] = dataclasses.field(default_factory=dict)
     """Functions, classes and constants that code refers to by global names, with the digest of each."""
     fields: dict[str, bytes] = dataclasses.field(default_factory=dict)
@@ -34,8 +38,18 @@ class Seen:
     """Dicts of which only these names count, because a forward changes the others."""
     sequences: dict[int, Any] = dataclasses.field(default_factory=dict)
     """Lists, sets and deques of which every item counts."""
+    long: dict[int, Any] = dataclasses.field(default_factory=dict)
+    """Dicts and sequences of so many items that these are looked at in turn."""
+    slotted: dict[int, tuple[object, tuple[str, ...], tuple[str, ...]]] = dataclasses.field(default_factory=dict)
+    """Objects with slots, the names of those that count, and of those that are empty."""
+    memories: dict[int, Any] = dataclasses.field(default_factory=dict)
+    """Arrays of the standard library and memoryviews, of which the bytes count."""
+    variables: dict[int, contextvars.ContextVar[Any]] = dataclasses.field(default_factory=dict)
+    locals: dict[int, threading.local] = dataclasses.field(default_factory=dict)
     globals: dict[int, tuple[dict[str, object], dict[str, object]]] = dataclasses.field(default_factory=dict)
     """Namespaces of Python modules, and the names in them that code reads with what they were bound to."""
+    absent: dict[str, None] = dataclasses.field(default_factory=dict)
+    """Python modules that code imports when it runs, and that nobody imported yet."""
     cells: dict[int, tuple[types.CellType, object]] = dataclasses.field(default_factory=dict)
     functions: dict[int, types.FunctionType] = dataclasses.field(default_factory=dict)
     classes: dict[int, type] = dataclasses.field(default_factory=dict)

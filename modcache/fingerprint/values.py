@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextvars
 import dataclasses
 import datetime as dt
 import decimal
 import enum
 import fractions
 import re
+import threading
 import types
 import weakref
+from array import array
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,11 +26,13 @@ from torch.utils._contextlib import _DecoratorContextManager
 from ..digest import encode, frame
 from ..tensors import NoContentError
 from .code import of_library
+from .libraries import said_of, shows_its_fields
 from .seen import Seen
 
-_DEPTH = 16
-_ITEMS = 4096  # of one container; above that it counts by class and length
-_OBJECTS = 256  # reached from one attribute
+_DEPTH = 64
+_ITEMS = 1 << 12  # of one container; one of more is read in bulk if it can be
+_ITEMS_AT_ONCE = 1 << 15  # those of one of more are looked at in turn: half a millisecond a check would be too much
+_OBJECTS = 1 << 12  # reached from one attribute; the others count by class
 
 # Where a model came from is not what it is: moving a folder must not empty a cache.
 ORIGIN_NAMES = frozenset({"_name_or_path", "name_or_path", "transformers_version", "_commit_hash"})
@@ -36,6 +41,7 @@ _OPAQUE_BASES = frozenset(
     {"PreTrainedTokenizerBase", "ProcessorMixin", "FeatureExtractionMixin", "ImageProcessingMixin", "Logger"}
 )
 IMMUTABLE = (int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout)
+_IMMUTABLE_TYPES = frozenset({*IMMUTABLE, bool})
 _SAID_BY_TEXT = (
     dt.date,
     dt.time,
@@ -83,7 +89,7 @@ class ValueReader:
 
     def value(self, value: object, path: str) -> bytes:
         """The framed bytes of any value; one without content gives its class name and is listed as opaque."""
-        if isinstance(value, IMMUTABLE) and not isinstance(value, enum.Enum):
+        if type(value) in _IMMUTABLE_TYPES:
             return encode(value)
         known = self._memo.get(id(value))
         if known is not None:
@@ -116,17 +122,23 @@ class ValueReader:
             return self._mapping(value, path)
         if (known := self.callable(value, path)) is not None:
             return known
+        if isinstance(value, contextvars.ContextVar):
+            self.seen.variables[id(value)] = value
+            return frame(b"variable", encode(value.name) + self.value(value.get(None), path))
         if isinstance(value, enum.Enum):
-            return frame(b"enum", encode(f"{class_name(type(value))}.{value.name}"))
+            inside = encode(value.name) + self.value(value.value, f"{path}.value")
+            return frame(b"enum", self._kind(type(value)) + inside)
         if isinstance(value, _SAID_BY_TEXT) or type(value).__module__ == "typing":
             return frame(b"said", encode(f"{class_name(type(value))} {value}"))
         if isinstance(value, bytearray):
             self.seen.sequences[id(value)] = value
             return encode(value)
+        if isinstance(value, IMMUTABLE):  # of a class of its own
+            return frame(b"immutable", self._kind(type(value)) + encode(value) + (self._set_on(value, path) or b""))
         if isinstance(value, re.Pattern):
             return frame(b"pattern", encode((value.pattern, value.flags)))
         if isinstance(value, types.ModuleType):
-            return frame(b"module", encode(value.__name__))
+            return self.python_module(value)
         if isinstance(value, weakref.ref):
             return frame(b"weak", self.value(value(), path))
         if isinstance(value, _DecoratorContextManager):  # torch.no_grad around a method; "prev" is call state
@@ -135,29 +147,53 @@ class ValueReader:
 
     def _opaque(self, value: object, path: str) -> bytes:
         name = class_name(type(value))
-        self.seen.opaque[f"{path} ({name})"] = None
+        self.seen.opaque[f"{path} ({name})"] = value
         return frame(b"opaque", encode(name))
+
+    def _of_library(self, value: object, path: str) -> bytes:
+        if isinstance(value, array | memoryview):
+            self.seen.memories[id(value)] = value
+        said = said_of(value)
+        if said is not None:
+            return frame(b"told", encode(class_name(type(value))) + self.value(said, path))
+        if isinstance(value, torch.ScriptObject):
+            self.seen.sealed[f"{path} ({class_name(type(value))})"] = None
+        try:
+            return encode(value)
+        except NoContentError:
+            return self._opaque(value, path)
 
     def _object(self, value: object, path: str) -> bytes:
         cls = type(value)
-        if of_library(cls.__module__) and not isinstance(value, _NAMESPACES):
-            try:
-                return encode(value)
-            except NoContentError:
-                return self._opaque(value, path)
+        if isinstance(value, threading.local):  # it is another one in each thread
+            self.seen.locals[id(value)] = value
+            return frame(b"local", self.class_reference(cls) + self.fields(dict(vars(value)), path))
+        if of_library(cls.__module__) and not (isinstance(value, _NAMESPACES) or shows_its_fields(value)):
+            return self._of_library(value, path)
         self._objects += 1
         if self._objects > _OBJECTS or not _OPAQUE_BASES.isdisjoint(base.__name__ for base in cls.__mro__):
             return self._opaque(value, path)
-        fields = getattr(value, "__dict__", None)
-        if fields is None:
-            slots = _slots(value)
-            if slots is None:
-                return self._opaque(value, path)
-            inner = self.fields(slots, path)
-        else:
-            self._watch(fields, path)
-            inner = self.fields({**fields, **(_slots(value) or {})}, path)
+        inner = self._set_on(value, path)
+        if inner is None:
+            return self._opaque(value, path)
         return frame(b"object", self.class_reference(cls) + inner)
+
+    def _kind(self, cls: type) -> bytes:
+        """The class of a container or a number: by name, and by its code where it is the user's own."""
+        return encode(class_name(cls)) if of_library(cls.__module__) else self.class_reference(cls)
+
+    def _set_on(self, value: object, path: str) -> bytes | None:
+        """The attributes of an object, in its ``__dict__`` and its slots; None if it can have none."""
+        fields, slots = getattr(value, "__dict__", None), _slots(value)
+        if fields is None and slots is None:
+            return None
+        filled = {name: getattr(value, name) for name in slots or () if hasattr(value, name)}
+        if fields is not None:
+            self._watch(fields, path)
+        if slots:
+            kept = tuple(name for name in filled if f"{path}.{name}" not in self._bookkeeping)
+            self.seen.slotted[id(value)] = value, kept, tuple(name for name in slots if name not in filled)
+        return self.fields({**(fields or {}), **filled}, path)
 
     def fields(self, fields: Mapping[str, object], path: str) -> bytes:
         """Attributes in the order of their names; where they came from does not count."""
@@ -194,31 +230,43 @@ class ValueReader:
 
     def _sequence(self, value: Any, path: str) -> bytes:
         cls = type(value)
-        head = encode(class_name(cls))
-        if len(value) > _ITEMS:
-            self._opaque(value, path)
-            return frame(b"long", head + encode(len(value)))
         if not isinstance(value, tuple | frozenset):
-            self.seen.sequences[id(value)] = value
+            (self.seen.sequences if len(value) <= _ITEMS_AT_ONCE else self.seen.long)[id(value)] = value
+        inside = self._in_bulk(value) or self._items(value, path)
+        return frame(b"sequence", self._kind(cls) + inside + self._beside(value, path))
+
+    def _items(self, value: Iterable[object], path: str) -> bytes:
         items: Iterable[bytes] = [self.value(item, f"{path}[{at}]") for at, item in enumerate(value)]
-        if isinstance(value, set | frozenset):
-            items = sorted(items)
-        return frame(b"sequence", head + b"".join(items))
+        return b"".join(sorted(items) if isinstance(value, set | frozenset) else items)
 
     def _mapping(self, value: Mapping[Any, object], path: str) -> bytes:
-        head = encode(class_name(type(value)))
-        if len(value) > _ITEMS:
-            self._opaque(value, path)
-            return frame(b"long", head + encode(len(value)))
         if isinstance(value, dict):
-            self.seen.mappings[id(value)] = value
-        elif (fields := getattr(value, "__dict__", None)) is not None:  # a UserDict, a wrapper of a dict
-            self.seen.mappings[id(fields)] = fields
-            self.fields(fields, path)
-        pairs = (
+            (self.seen.mappings if len(value) <= _ITEMS_AT_ONCE else self.seen.long)[id(value)] = value
+        elif isinstance(value, types.MappingProxyType):
+            for view in (value.keys(), value.values()):
+                self.seen.sequences[id(view)] = view
+        inside = self._in_bulk(value) or b"".join(
             self.value(key, f"{path} key") + self.value(item, f"{path}[{key!r:.40}]") for key, item in value.items()
         )
-        return frame(b"mapping", head + b"".join(pairs))
+        return frame(b"mapping", self._kind(type(value)) + inside + self._beside(value, path))
+
+    def _in_bulk(self, value: Any) -> bytes:
+        """The bytes of a container of very many plain values, in a tenth of the time; nothing for any other."""
+        if len(value) <= _ITEMS:
+            return b""
+        mapping = isinstance(value, Mapping)
+        if not all(map(_all_plain, (value.keys(), value.values()) if mapping else (value,))):
+            return b""
+        plain = dict if mapping else frozenset if isinstance(value, set | frozenset) else tuple
+        return frame(b"long", encode(plain(value)))
+
+    def _beside(self, value: object, path: str) -> bytes:
+        """What a container of a class of its own, or one that makes items, is besides its items; mostly nothing."""
+        extra = b""
+        if isinstance(value, collections.defaultdict):
+            self.seen.slotted[id(value)] = value, ("default_factory",), ()
+            extra = self.field(value.default_factory, "default_factory", f"{path}.default_factory")
+        return extra + (self._set_on(value, path) or b"")
 
     def _tensor(self, value: torch.Tensor, path: str) -> bytes:
         name = self._tensors.setdefault(id(value), path)
@@ -228,7 +276,9 @@ class ValueReader:
 
     def _array(self, value: np.ndarray[Any, Any], path: str) -> bytes:
         if value.dtype.hasobject:
-            return self._sequence(value.ravel().tolist(), path)
+            flat = value.reshape(-1)
+            self.seen.sequences[id(flat)] = flat
+            return frame(b"sequence", encode(value.shape) + self._items(flat.tolist(), path))
         name = self._tensors.setdefault(id(value), path)
         if name == path:
             self.seen.arrays[path] = value
@@ -252,18 +302,35 @@ class ValueReader:
         """A class by name."""
         return frame(b"class", encode(class_name(cls)))
 
+    def python_module(self, module: types.ModuleType) -> bytes:
+        """A Python module by name."""
+        return frame(b"module", encode(module.__name__))
+
 
 def _without(fields: Mapping[str, object], name: str) -> dict[str, object]:
     return {field: value for field, value in fields.items() if field != name}
 
 
-def _slots(value: object) -> dict[str, object] | None:
-    """The filled slots of an object whose classes declare any."""
-    names = [name for base in type(value).__mro__ for name in _listed(vars(base).get("__slots__", ()))]
-    if not names:
-        return None
-    return {name: getattr(value, name) for name in names if name != "__weakref__" and hasattr(value, name)}
+def _slots(value: object) -> tuple[str, ...] | None:
+    """The names of an object's slots; None where its classes declare none."""
+    declared = [
+        _mangled(name, base) for base in type(value).__mro__ for name in _listed(vars(base).get("__slots__", ()))
+    ]
+    return tuple(name for name in dict.fromkeys(declared) if name not in ("__dict__", "__weakref__")) or None
 
 
 def _listed(slots: Iterable[str]) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _mangled(name: str, cls: type) -> str:
+    """The name under which a private slot is found."""
+    private = name.startswith("__") and not name.endswith("__")
+    return f"_{cls.__name__.lstrip('_')}{name}" if private else name
+
+
+def _all_plain(values: Iterable[object]) -> bool:
+    """Whether all values are immutable, or pairs and the like of such."""
+    types_met = set(map(type, values))
+    nested = types_met - _IMMUTABLE_TYPES
+    return not nested or (nested == {tuple} and all(_all_plain(item) for item in values if type(item) is tuple))

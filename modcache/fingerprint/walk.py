@@ -27,8 +27,9 @@ ROOT = "the module"
 """What the outermost module is called in names of parts."""
 
 # Attributes that torch or a library keeps for itself: they do not say what a forward computes.
+_CACHED = "_modcache"
 _KEPT_BY_TORCH = frozenset(vars(nn.Module())) | {
-    "_modcache",
+    _CACHED,
     "_compiled_call_impl",
     "_is_hf_initialized",
     "_is_replica",
@@ -101,6 +102,8 @@ class _Walker:
         self._register(module, "")
         reader = Reader(self._names, self._tensor_names, self._bookkeeping)
         self._hooks(reader, "globally", vars(torch_module), GLOBAL_HOOKS)
+        if replaced := reader.functional():
+            self._parts["torch.nn.functional"] = digest(replaced)
         for name, value in self._also.items():
             self._parts[name] = digest(reader.value(value, name))
         done = 0
@@ -115,6 +118,7 @@ class _Walker:
         reader.seen.tensors = dict(seen.tensors.items())
         for name, tensor in seen.tensors.items():
             self._tensor(tensor, name)
+        self._unreadable.update(seen.sealed)
         for name, contents in seen.reached.items():
             self._parts[name] = digest(b"".join(sorted(contents)))
         self._tie()
@@ -188,6 +192,7 @@ class _Walker:
         cls = original_class(module)
         self._parts[f"class of {place}"] = digest(reader.class_chain(cls))
         if isinstance(module, torch.jit.ScriptModule):
+            reader.seen.opaque[f"{place} ({class_name(type(module))})"] = module
             return
         self._hooks(reader, f"of {place}", vars(module), ("_forward_pre_hooks", "_forward_hooks"))
         if class_name(type(module)).startswith("torch._dynamo."):  # torch.compile's wrapper: its child counts
@@ -205,6 +210,10 @@ class _Walker:
             if path not in self._bookkeeping:
                 watched.append(key)
                 self._raw[path] = value
+        if name and (cached := vars(module).get(_CACHED)) is not None:
+            watched.append(_CACHED)
+            if asked := _asked_of(cached):
+                said += reader.attribute(asked, _CACHED, f"{place} (cached)")
         unread = _unread(module) if name else frozenset()
         self._attributes[name] = tuple(key for key in watched if key not in unread)
         if idle := tuple(key for key in watched if key in unread):
@@ -224,6 +233,13 @@ class _Walker:
             self._parts[f"hooks {place}"] = digest(said)
 
 
+def _asked_of(cached: object) -> tuple[object, ...]:
+    """The functions of the user's that a cached module within the module runs; what else is asked changes no row."""
+    asked = getattr(cached, "requested", None)
+    functions = getattr(asked, "prepare", None), getattr(asked, "key", None)
+    return tuple(function for function in functions if function is not None and not isinstance(function, str))
+
+
 _UNREAD: dict[type, frozenset[str]] = {
     nn.Linear: frozenset({"in_features", "out_features"}),
     nn.LayerNorm: frozenset({"elementwise_affine"}),
@@ -240,11 +256,13 @@ def _unread(module: nn.Module) -> frozenset[str]:
 
 
 def _derived(module: nn.Module) -> set[str]:
-    """Attributes that torch's old weight_norm and spectral_norm compute anew before every forward."""
-    hooks = vars(module)["_forward_pre_hooks"].values()
-    return {
-        hook.name for hook in hooks if type(hook).__module__.startswith("torch.nn.utils.") and hasattr(hook, "name")
-    }
+    """Attributes that torch's pruning, old weight_norm and spectral_norm compute anew before every forward."""
+    hooks = [hook for hook in vars(module)["_forward_pre_hooks"].values() if type(hook).__module__.startswith(_UTILS)]
+    names = [getattr(hook, "name", None) or getattr(hook, "_tensor_name", None) for hook in hooks]
+    return {name for name in names if name is not None}
+
+
+_UTILS = "torch.nn.utils."
 
 
 def _extra_repr(module: nn.Module) -> bytes:

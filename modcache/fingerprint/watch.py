@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
 import itertools
 import operator
+import sys
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from .probe import SETS, DeviceProbe, HostProbe
 from .walk import GLOBAL_HOOKS, Walk, submodules
 
 if TYPE_CHECKING:
+    import contextvars
     from collections.abc import Callable, Iterable
 
 _chain = itertools.chain.from_iterable
@@ -34,7 +37,9 @@ _body = types.MappingProxyType.values
 _INSIDE = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
 _inside = operator.itemgetter(*_INSIDE)
 _PARTS = 16
-LATE_WITHIN = max(_PARTS, SETS)
+_MOST_PARTS = 64
+_PART = 1 << 12  # values that a check looks at in turn, if there are so many that they need more parts
+LATE_WITHIN = max(_MOST_PARTS, SETS)
 """After how many checks a late move is noticed at the latest, if anything that is looked at shows it."""
 
 
@@ -107,11 +112,19 @@ class Watch:
         # The bodies of the user's own classes; those of installed ones are looked at in turn.
         own = [cls for cls in seen.classes.values() if cls not in seen.busy and not installed_class(cls)]
         self._bodies = [vars(cls) for cls in own]
-        self._sized = [*self._mappings, *self._sequences, *self._bodies]
+        self._sized = [*self._mappings, *self._sequences, *self._bodies, *seen.long.values()]
         self._sizes = list(map(len, self._sized))
         self._cells = [cell for cell, _ in seen.cells.values()]
         self._items = list(self._all_items())
-        self._any_outside = bool(self._sized or self._cells)
+        self._empty_slots = [(value, name) for value, _, empty in seen.slotted.values() for name in empty]
+        self._memories = list(seen.memories.values())
+        self._bytes = list(map(bytes, self._memories))
+        self._absent = tuple(seen.absent)
+        self._variables, self._locals = list(seen.variables.values()), list(seen.locals.values())
+        self._current = self._all_current()
+        self._any_current = bool(self._variables or self._locals)
+        others = self._empty_slots, self._memories, self._absent, self._variables, self._locals
+        self._any_outside = bool(self._sized or self._cells or any(others))
 
     def _all_items(self) -> Iterable[object]:
         return itertools.chain(
@@ -124,17 +137,22 @@ class Watch:
 
     def _attributes(self, found: Walk, module: nn.Module) -> None:
         """Plain attributes and the globals that code reads, grouped by names: one getter for many dicts."""
-        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        groups: dict[tuple[str, ...], list[Any]] = {}
+        slots: dict[tuple[str, ...], list[Any]] = {}
         for name, names in found.attributes.items():
             if name and names:
                 groups.setdefault(names, []).append(vars(found.modules[name]))
         for namespace, bound in found.seen.globals.values():
             groups.setdefault(tuple(bound), []).append(namespace)
         for cls, kept in found.seen.busy.items():
-            groups.setdefault(kept, []).append(vars(cls))  # type: ignore[arg-type]
+            groups.setdefault(kept, []).append(vars(cls))
         for fields, kept in found.seen.partial.values():
             groups.setdefault(kept, []).append(fields)
+        for value, filled, _ in found.seen.slotted.values():
+            if filled:
+                slots.setdefault(filled, []).append(value)
         self._groups = [(_getter(names), dicts) for names, dicts in groups.items()]
+        self._groups += [(_getter(names, operator.attrgetter), objects) for names, objects in slots.items()]
         own = found.attributes.get("", ())
         self._own = _getter(own) if own else _nothing
         self._own_values = self._own(vars(module))
@@ -172,7 +190,27 @@ class Watch:
         )
 
     def _same_outside(self) -> bool:
-        return list(map(len, self._sized)) == self._sizes and all(map(_is, self._all_items(), self._items))
+        return (
+            list(map(len, self._sized)) == self._sizes
+            and all(map(_is, self._all_items(), self._items))
+            and not any(itertools.starmap(hasattr, self._empty_slots))
+            and list(map(bytes, self._memories)) == self._bytes
+            and not self.imported()
+            and (not self._any_current or self._same_current())
+        )
+
+    def imported(self) -> bool:
+        """Whether a Python module that code imports when it runs is there now, and was not before."""
+        return any(map(sys.modules.__contains__, self._absent))
+
+    def _all_current(self) -> list[object]:
+        """What context variables and thread-local objects hold for whoever asks."""
+        fields = list(map(vars, self._locals))
+        return [*map(_bound_to, self._variables), *_chain(fields), *_chain(map(dict.values, fields))]
+
+    def _same_current(self) -> bool:
+        now = self._all_current()
+        return len(now) == len(self._current) and all(map(_is, now, self._current))
 
     def _in_turn(self, found: Walk) -> None:
         """What hardly ever changes is looked at a part at a time, so a change may be noticed late.
@@ -186,12 +224,13 @@ class Watch:
         theirs = [cls for cls in found.seen.classes.values() if cls not in found.seen.busy and installed_class(cls)]
         places += [(_body, vars(cls)) for cls in theirs]
         places += [(_getter(names), vars(found.modules[name])) for name, names in found.idle.items() if name]
+        places += [piece for value in found.seen.long.values() for piece in _pieces(value)]
         self._parts = _even_parts(places)
         self._part_values = [list(_fetched(part)) for part in self._parts]
 
     def same_in_turn(self, turn: int) -> bool:
         """Whether this turn's part of what hardly ever changes is the same."""
-        number = turn % _PARTS
+        number = turn % len(self._parts)
         now, values = list(_fetched(self._parts[number])), self._part_values[number]
         return len(now) == len(values) and all(map(_is, now, values))
 
@@ -329,9 +368,42 @@ def _array_pointer(array: Any) -> tuple[object, ...]:
     return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype
 
 
-def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[object, ...]]:
+def _getter(names: tuple[str, ...], get: Any = operator.itemgetter) -> Callable[[Any], tuple[object, ...]]:
     # A getter of one name gives the bare value; asked for the name twice it gives a tuple, like the others.
-    return operator.itemgetter(*names) if len(names) > 1 else operator.itemgetter(names[0], names[0])
+    made: Callable[[Any], tuple[object, ...]] = get(*names) if len(names) > 1 else get(names[0], names[0])
+    return made
+
+
+_UNBOUND = object()
+
+
+def _bound_to(variable: contextvars.ContextVar[Any]) -> object:
+    return variable.get(_UNBOUND)
+
+
+_PIECE = 1 << 10
+
+
+def _pieces(value: Any) -> Iterable[tuple[Callable[[Any], Iterable[object]], Any]]:
+    """A container of very many items, some at a time; the order of a dict or set is not looked at again."""
+    if isinstance(value, dict | set):
+        keys = list(value)
+        for start in range(0, len(keys), _PIECE):
+            names = tuple(keys[start : start + _PIECE])
+            yield (_getter(names) if isinstance(value, dict) else functools.partial(_held, names)), value
+        return
+    for start in range(0, len(value), _PIECE):
+        yield functools.partial(_piece, start=start), value
+
+
+def _held(items: tuple[object, ...], value: set[object]) -> Iterable[object]:
+    return filter(value.__contains__, items)
+
+
+def _piece(value: Any, start: int) -> Iterable[object]:
+    if isinstance(value, list):
+        return value[start : start + _PIECE]
+    return itertools.islice(value, start, start + _PIECE)
 
 
 _Places = list[tuple["Callable[[Any], Iterable[object]]", Any]]
@@ -343,9 +415,11 @@ def _fetched(places: _Places) -> Iterable[object]:
 
 def _even_parts(places: _Places) -> list[_Places]:
     """The places in parts that hold about as many values each, so that no turn takes much longer than another."""
-    parts: list[_Places] = [[] for _ in range(_PARTS)]
-    sizes = [0] * _PARTS
-    for size, number in sorted(((len(list(get(place))), at) for at, (get, place) in enumerate(places)), reverse=True):
+    sized = sorted(((len(list(get(place))), at) for at, (get, place) in enumerate(places)), reverse=True)
+    total = sum(size for size, _ in sized)
+    parts: list[_Places] = [[] for _ in range(min(max(_PARTS, total // _PART), _MOST_PARTS))]
+    sizes = [0] * len(parts)
+    for size, number in sized:
         least = sizes.index(min(sizes))
         parts[least].append(places[number])
         sizes[least] += size
