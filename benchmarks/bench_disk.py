@@ -7,8 +7,10 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,20 +20,24 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.bench_epoch import Tokenized, Training, definitions, minilm, shuffled
 from benchmarks.bench_hits import OfTensors, OfTexts, agree, filled, in_store, of_texts, sampled, sized
-from benchmarks.conftest import BATCH, cycled, side_by_side
+from benchmarks.conftest import BATCH, Sides, Times, cycled, side_by_side
 from modcache import DiskStore, cache_of, cached_module
 from modcache.rows import SINGLE, Layout, Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from benchmarks.conftest import Report
+
+__all__ = ["minilm"]  # a fixture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMESPACE = "f" * 32
 TOKENS = 64
+LARGEST = os.environ.get("MODCACHE_BENCH_10M") == "1"  # ten million rows: two minutes, 1 GB of disk
 
 
 @pytest.fixture
@@ -175,12 +181,85 @@ def test_large_rows(directory: Path, measured: bool, report: Report) -> None:
     report.goal("the same, first (checked) read", first.ratio("memmap", "modcache"), at_least=0.6)
 
 
+# --- a cold page cache ----------------------------------------------------------------------------------
+
+
+def drop_pages(*files: Path) -> None:
+    """Takes files out of the page cache, and nothing else: others may be at work on this machine."""
+    for file in files:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())  # pages that are not written yet would stay
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="nothing takes files out of the page cache here")
+@pytest.mark.parametrize(("row_bytes", "stored"), [(3072, 20_480), (197 * 768 * 2, 1024)])
+def test_cold_reads(row_bytes: int, stored: int, directory: Path, measured: bool, report: Report) -> None:
+    """All rows once, by 256 in random order, after their files left the page cache: against `np.memmap`.
+
+    A host below this machine may have them in a cache of its own.
+    """
+    stored, rows, rounds = (stored, 256, 5) if measured else (64, 16, 1)
+    layout = Layout(SINGLE, ((torch.uint8, (row_bytes,)),))
+    row_keys = random_keys(stored)
+    values = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (stored, row_bytes), np.uint8))
+    with DiskStore(directory) as store:
+        store.put(NAMESPACE, row_keys, Rows(layout, (values,)))
+    plain = directory.parent / "plain"
+    values.numpy().tofile(plain)
+    files = [plain, *directory.glob("rows/*/*.rows"), *directory.glob("rows/*/*.log")]
+    order = np.random.default_rng(1)
+
+    def of_disk(batches: list[np.ndarray]) -> torch.Tensor:
+        with DiskStore(directory) as store:
+            for batch in batches:
+                (found,) = store.get(NAMESPACE, [row_keys[place] for place in batch.tolist()])
+        return found.rows.tensors[0]
+
+    def of_memmap(batches: list[np.ndarray]) -> torch.Tensor:
+        matrix = np.memmap(plain, np.uint8, "r").reshape(stored, row_bytes)
+        for batch in batches:
+            found = torch.from_numpy(matrix[batch])
+        return found
+
+    def dropped(_: int) -> tuple[list[np.ndarray]]:
+        drop_pages(*files)
+        return (np.array_split(order.permutation(stored), stored // rows),)
+
+    batches = dropped(0)[0]
+    assert torch.equal(of_disk(batches), values[batches[-1]])
+    sides = side_by_side(rounds, dropped, modcache=of_disk, memmap=of_memmap)
+    what = f"{stored} rows of {row_bytes} bytes by {rows}, cold page cache (posix_fadvise)"
+    report.sides(what, sides)
+    report.number(f"{what}: np.memmap ÷ disk", sides.ratio("memmap", "modcache"), "x")
+    report.number(f"{what}: read by modcache at", stored * row_bytes / sides.median("modcache") / 1e6, "MB/s")
+
+
 # --- filling --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["disk", "tmpfs"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """Where files are written: a disk, which soon has to be waited for, or memory, which takes all there is."""
+    if request.param == "disk":
+        yield tmp_path
+        return
+    memory = Path("/dev/shm")  # noqa: S108 - a folder of our own in it
+    if not memory.is_dir() or shutil.disk_usage(memory).free < 2 << 30:
+        pytest.skip("there is no file system in memory here")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
 
 
 @pytest.mark.parametrize(("row_bytes", "least"), [(3072, 0.4), (1 << 16, 0.75), (197 * 768 * 2, 0.75)])
 def test_filling(
-    row_bytes: int, least: float, directory: Path, measured: bool, report: Report, monkeypatch: pytest.MonkeyPatch
+    row_bytes: int,
+    least: float,
+    place: Path,
+    measured: bool,
+    report: Report,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows put and flushed, keys digested from texts, against writing the same bytes to a file one after the other.
 
@@ -190,34 +269,83 @@ def test_filling(
 
     for name in ("fsync", "fdatasync"):
         monkeypatch.setattr(os, name, lambda _: None)
-    total, rounds = (1 << 28, 7) if measured else (row_bytes * 64, 1)
+    total, rounds = (1 << 28, 5) if measured else (row_bytes * 64, 1)
     count = max(64, min(256, (8 << 20) // row_bytes))
     batches = max(2, total // (count * row_bytes))
     layout = Layout(SINGLE, ((torch.uint8, (row_bytes,)),))
     rows = torch.randint(0, 256, (count, row_bytes), dtype=torch.uint8)
     texts = [[f"{batch} {row} " + "some words of a text " * 4 for row in range(count)] for batch in range(batches)]
-    numbers = iter(range(1 << 20))
+    plain, directory = place / "plain", place / "cache"
 
-    def fresh(_: int) -> tuple[Path]:
-        return (directory.parent / str(next(numbers)),)
+    def fresh(_: int) -> tuple[()]:
+        plain.unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)
+        return ()
 
-    def written(place: Path) -> None:
-        with open(place, "wb", buffering=0) as file:
+    def written() -> None:
+        with open(plain, "wb", buffering=0) as file:
             file.writelines(rows.numpy() for _ in range(batches))
 
-    def stored(place: Path) -> None:
-        with DiskStore(place.with_suffix(".cache")) as store:
+    def stored() -> None:
+        with DiskStore(directory) as store:
             for batch in texts:
                 row_keys = list(map(xxh3_128_digest, map(str.encode, batch)))
                 store.put(NAMESPACE, row_keys, Rows(layout, (rows,)))
             store.flush()
 
     sides = side_by_side(rounds, fresh, write=written, modcache=stored)
-    what = f"filling a directory, rows of {row_bytes} bytes"
+    what = f"filling a directory on {request.node.callspec.params['place']}, rows of {row_bytes} bytes"
     report.sides(what, sides)
     report.goal(f"{what}: write() ÷ modcache", sides.ratio("write", "modcache"), at_least=least)
-    with DiskStore(next(directory.parent.glob("*.cache"))) as store:
+    with DiskStore(directory) as store:
         assert len(store.row_keys(NAMESPACE)) == count * batches
+
+
+def test_filling_epoch(
+    minilm: Any,
+    directory: Path,
+    measured: bool,
+    report: Report,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a directory adds to an epoch of MiniLM that fills it, batch by batch beside the same epoch uncached.
+
+    Each batch waits until its rows are written, else the thread that writes would work in the other side's time;
+    neither waits for the device.
+    """
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    request.getfixturevalue("two_threads" if measured else "one_thread")
+    tokenizer, made = minilm
+    rows = definitions(512 if measured else 16)
+    batch_size, epochs = (64, 3) if measured else (8, 1)
+    tokenized, plain = Tokenized(tokenizer), made()
+    encoder = cached_module(made(), key="text", prepare=tokenized, store=directory, freeze=True)
+    cache, trainings = cache_of(encoder), {"uncached": Training(), "filling": Training()}
+    batches = list(shuffled(rows, batch_size))  # type: ignore[arg-type]  # a list of pairs is a data set
+    torch.testing.assert_close(encoder(batches[0][0]), plain(**tokenized(batches[0][0])), rtol=1e-3, atol=1e-4)
+
+    def step(side: str, texts: Any, labels: torch.Tensor) -> float:
+        began = time.perf_counter()
+        features = plain(**tokenized(texts)) if side == "uncached" else encoder(texts)
+        trainings[side].epoch([(features, labels)])
+        if side == "filling":
+            cache.flush()
+        return time.perf_counter() - began
+
+    seconds: dict[str, np.ndarray] = {side: np.empty((epochs, len(batches))) for side in trainings}
+    for epoch in range(epochs):
+        cache.clear()
+        before = cache.stats.computed
+        for at, batch in enumerate(batches):
+            for side in list(trainings)[:: 1 if (epoch + at) % 2 else -1]:
+                seconds[side][epoch, at] = step(side, *batch)
+        assert cache.stats.computed - before == len(rows), "each row was computed"
+    cache.store.close()
+    times = {side: Times(np.sort(found, axis=0)[epochs // 2]) for side, found in seconds.items()}
+    report.sides(f"batch of {batch_size} texts, filling a directory", Sides(times))
+    ratio = float(times["filling"].seconds.sum() / times["uncached"].seconds.sum())
+    report.goal("epoch of MiniLM that fills a directory ÷ uncached one", ratio, at_most=1.03)
 
 
 def _write(directory: str, seed: int, count: int, pause: float, began: Any, queue: Any) -> None:
@@ -245,7 +373,7 @@ def test_writers(directory: Path, measured: bool, report: Report) -> None:
     for the time of a put there is a pause before each, as there is a forward in a loop.
     """
     context = multiprocessing.get_context("fork")
-    count, rounds = (400, 3) if measured else (2, 1)
+    count, rounds = (200, 3) if measured else (2, 1)
 
     def filled_by(writers: int, place: str, pause: float = 0.0) -> tuple[float, list[float]]:
         began, queue = context.Barrier(writers), context.Queue()
@@ -258,6 +386,7 @@ def test_writers(directory: Path, measured: bool, report: Report) -> None:
             worker.join()
         with DiskStore(place) as store:
             assert len(store.row_keys(NAMESPACE)) == count * 4 * 256
+        shutil.rmtree(place)
         return max(seconds for seconds, _ in answers), [wait for _, waits in answers for wait in waits]
 
     ratios, slowest = [], []
@@ -292,8 +421,8 @@ print(json.dumps({"seconds": took, "bytes": resident() - before, "value": found.
 @pytest.mark.parametrize("count", [10_000, 1_000_000, 10_000_000])
 def test_reopening(count: int, directory: Path, measured: bool, report: Report) -> None:
     """From opening a directory to the first row out of it, in a new process, with the memory that the index takes."""
-    if not measured and count > 10_000:
-        pytest.skip("takes a minute: only with --benchmark-enable")
+    if (not measured and count > 10_000) or (count > 1_000_000 and not LARGEST):
+        pytest.skip("takes its time: only with --benchmark-enable, ten million rows only with MODCACHE_BENCH_10M=1")
     layout = Layout(SINGLE, ((torch.float32, (1,)),))
     key = b""
     with DiskStore(directory) as store:
