@@ -1,9 +1,10 @@
-"""Notice which ways a forward took because of values, so that a way that was never looked at is looked at."""
+"""Notice which ways a forward took, by values or by sizes, so that a way that was never looked at is looked at."""
 
 from __future__ import annotations
 
 import itertools
 import sys
+import types
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .trace import Mark, Trace
 __all__ = ["Branch", "Branches"]
 
 Branch = tuple[object, ...]
-"""Where Python asked a tensor for a value, and what the answer was."""
+"""Where Python asked a tensor for a value, and what the answer was; or where it called a function of torch at all."""
 
 _ASKS = frozenset(
     ["__bool__", "__int__", "__float__", "__index__", "item", "tolist", "is_nonzero", "equal", "allclose"]
@@ -24,10 +25,11 @@ _ASKS = frozenset(
 _CARRIES_AWAY = frozenset(["numpy", "__array__", "__dlpack__"])
 _TORCHS = str(Path(torch.__file__).parent)
 _numbers = itertools.count()
+_codes: dict[int, types.CodeType] = {}  # an id must not be used again
 
 
 class Branches(TorchFunctionMode):
-    """While it is entered, every value that Python asks for is noted.
+    """While it is entered, every value that Python asks for is noted, and every place where it calls torch.
 
     Args:
         known: answers that were looked at before, and places (without an answer) that do not matter.
@@ -43,6 +45,13 @@ class Branches(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """One function of torch."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(_TORCHS):
+            frame = frame.f_back
+        place = id(frame.f_code), frame.f_lasti
+        if place not in self._known:
+            _codes[place[0]] = frame.f_code
+            self.new.add(place)
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", None)
         if name in _ASKS:

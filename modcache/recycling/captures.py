@@ -13,17 +13,19 @@ from ..selfcheck import preserved_randomness
 from .axes import agree, to_rows
 from .branches import Branches
 from .ghosts import Origin
-from .kinds import Asked
+from .kinds import Asked, owned
 from .plan import Plan, Shapes
 from .runs import Capture, Reached
-from .shadow import Shadow, running
+from .shadow import ABSENT, Shadow, Written, running
 from .trees import Step, located
 
 __all__ = [
     "Found",
     "capture",
+    "captured_rows",
     "not_reached",
     "refuse_coupled",
+    "refuse_feeding",
     "refuse_other_rows",
     "rows_of_capture",
     "shapes_of",
@@ -52,9 +54,10 @@ def capture(
         CutError: the cut was not reached.
     """
     shadow.take_over(training=False)
+    given = owned(arguments)
     try:
         with torch.inference_mode(False), torch.no_grad(), running(run), branches:
-            forward(shadow.root, *arguments.args, **arguments.kwargs)
+            forward(shadow.root, *given.args, **given.kwargs)
     except Reached:
         pass
     if run.arguments is None:
@@ -114,34 +117,81 @@ def refuse_coupled(plan: Plan, shadow: Shadow, forward: Callable[..., Any], aske
         CutError: they do not.
     """
     count = asked.batch.size
-    parts = [list(range(count)), list(range(0, count, 2)), list(range(1, count, 2))]
+    few = slice(0, 2)
+    parts = [slice(0, count, 2), slice(1, count, 2), *([few] if count > 4 else [])]
+    whole = captured_rows(plan, shadow, forward, asked, slice(0, count), at)
+    for part in parts:
+        for stored, rows, some in zip(
+            plan.per_row, whole, captured_rows(plan, shadow, forward, asked, part, at), strict=True
+        ):
+            if some.shape[1:] != rows.shape[1:] or not agree(rows[part], some, plan.floor):
+                raise CutError(
+                    f"{plan.at}: on the way to the cut the model decides by values or sizes of the whole batch, and "
+                    f"{stored} comes out otherwise for a row among other rows. Cut at an earlier submodule, or make "
+                    "the way the same."
+                )
+
+
+def captured_rows(
+    plan: Plan, shadow: Shadow, forward: Callable[..., Any], asked: Asked, part: slice, at: Branches
+) -> tuple[torch.Tensor, ...]:
+    """What would be stored of some rows of a call."""
+    places = range(asked.batch.size)[part]
+    taken = asked.arguments.taken(asked.batch, places) if len(places) < asked.batch.size else asked.arguments
     with preserved_randomness():
-        full, even, odd = (
-            rows_of_capture(plan, capture(Capture(plan.call, plan.extras), shadow, forward, taken, plan.at, at))
-            for taken in (asked.arguments.taken(asked.batch, places) for places in parts)
-        )
-    for stored, rows, some, rest in zip(plan.per_row, full, even, odd, strict=True):
-        fits = some.shape[1:] == rest.shape[1:] == rows.shape[1:]
-        if not fits or not (agree(rows[::2], some, plan.floor) and agree(rows[1::2], rest, plan.floor)):
-            raise CutError(
-                f"{plan.at}: on the way to the cut the model decides by values of the whole batch, and {stored} comes "
-                "out otherwise for a row among other rows. Cut at an earlier submodule, or make the way the same."
-            )
+        run = Capture(plan.call, plan.extras)
+        return rows_of_capture(plan, capture(run, shadow, forward, taken, plan.at, at))
+
+
+def refuse_feeding(plan: Plan, shadow: Shadow, forward: Callable[..., Any], asked: Asked, written: Written) -> None:
+    """A forward set an attribute that none of the probe did: does that feed the cut?
+
+    Raises:
+        CutError: it does, so what is stored belongs to a value that is gone.
+    """
+    fields, name = vars(written.module), written.name
+    now = fields[name]
+
+    def rows() -> tuple[torch.Tensor, ...]:
+        return captured_rows(plan, shadow, forward, asked, slice(None), Branches())
+
+    try:
+        fields[name] = written.before
+        if written.before is ABSENT:
+            del fields[name]
+        before = rows()
+    finally:
+        fields[name] = now
+    after = rows()
+    if _same(before, after) or (not _same(after, rows()) and all(map(agree, before, after))):
+        return
+    shadow.written.discard((id(written.module), name))
+    raise CutError(
+        f"{plan.at}: the forward sets the attribute {name} of a {type(written.module).__name__}, which feeds the cut, "
+        "so what is stored is of a state that is gone. Cut at an earlier submodule, or do not set it in the forward."
+    )
+
+
+def _same(rows: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
+    return all(
+        one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+        for one, other in zip(rows, others, strict=True)
+    )
 
 
 def refuse_other_rows(
     plan: Plan, shadow: Shadow, forward: Callable[..., Any], asked: Asked, stored: tuple[torch.Tensor, ...]
 ) -> None:
-    """A single row took a way that was never looked at: is it what is stored of it?
+    """A batch took a way that was never looked at: is it what is stored of its rows?
 
     Raises:
         CutError: it is not.
     """
-    with preserved_randomness():
-        found = capture(Capture(plan.call, plan.extras), shadow, forward, asked.arguments, plan.at, Branches())
-    for kept, old, new in zip(plan.per_row, stored, rows_of_capture(plan, found), strict=True):
-        if not agree(old, new, plan.floor):
+    again = captured_rows(plan, shadow, forward, asked, slice(None), Branches())
+    for kept, old, new in zip(plan.per_row, stored, again, strict=True):
+        if old.shape != new.shape or not agree(old, new, plan.floor):
             raise CutError(
-                f"{plan.at}: on the way to the cut the model decides by values, and {kept} comes out otherwise for a "
-                "row alone than among others. Cut at an earlier submodule, or make the way the same."
+                f"{plan.at}: on the way to the cut the model decides by values, by sizes or by what earlier calls left "
+                f"behind, and {kept} comes out otherwise than it was stored. Cut at an earlier submodule, or make the "
+                "way the same."
             )

@@ -9,12 +9,13 @@ import torch
 from typing_extensions import Self
 
 from ..errors import CutError
+from .asks import DEMANDS, FACTS, LIKE, MOVES, Around, around_now, chance_now, chance_of, name_of, under
 from .trees import ATOMS, Step, located, mapped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Derived", "Ghost", "Origin", "Sheet", "Spec", "filled", "spec_of", "unwrapped"]
+__all__ = ["Derived", "Ghost", "Origin", "Sheet", "Spec", "filled", "settled", "spec_of", "unwrapped"]
 
 
 class Spec(NamedTuple):
@@ -44,13 +45,25 @@ class Origin(NamedTuple):
 
 
 class Derived(NamedTuple):
-    """A ghost that the model's own code made of others."""
+    """A ghost that the model's own code made of others.
+
+    Args:
+        func: a function of torch.
+        args: what it was given.
+        kwargs: what it was given by name.
+        place: of the ghost in what it gives.
+        versions: of the tensors among the arguments that have values already.
+        around: grad mode and autocast, as the model's own code had them.
+        chance: the state of the random numbers, if it draws some.
+    """
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     place: Step
     versions: tuple[tuple[torch.Tensor, int], ...]
+    around: Around
+    chance: torch.Tensor | None
 
     def __str__(self) -> str:
         names = sorted({str(ghost.source) for _, ghost in located((self.args, dict(self.kwargs)), Ghost)})
@@ -64,6 +77,9 @@ class Sheet(Protocol):
     """Whether the cut was reached, so that ghosts must have values."""
     touched: set[int]
     """Memory (of the meta device) that was written in place."""
+
+    error: CutError | None
+    """The first error."""
 
     def value_of(self, origin: Origin, ghost: Ghost) -> torch.Tensor:
         """The stored value of a module's output, if it is one of those that are stored."""
@@ -128,6 +144,16 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     return _force(tensor) if type(tensor) is Ghost else tensor
 
 
+def settled(ghost: Ghost) -> torch.Tensor:
+    """The value of a ghost if it has one, else the ghost: nobody has asked for it yet."""
+    before = ghost.sheet.error
+    try:
+        return _force(ghost) if ghost.sheet.reached else ghost
+    except Exception:
+        ghost.sheet.error = before
+        return ghost
+
+
 def filled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with values in the places of ghosts.
 
@@ -147,48 +173,9 @@ def filled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
 
 # --- operations -----------------------------------------------------------------------------------------
 
-_FACTS: frozenset[Any] = frozenset(
-    [getattr(torch.Tensor, name).__get__ for name in (
-        "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_nested",
-        "is_mkldnn", "is_xpu", "is_meta", "itemsize", "nbytes", "names", "is_leaf", "is_sparse_csr", "grad_fn",
-        "requires_grad", "grad", "retains_grad",
-    ) if hasattr(getattr(torch.Tensor, name, None), "__get__")]
-    + [getattr(torch.Tensor, name) for name in (
-        "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "element_size",
-        "is_floating_point", "is_complex", "is_signed", "__len__", "storage_offset", "get_device", "is_inference",
-        "is_conj", "is_neg", "is_same_size", "is_set_to", "is_shared", "is_pinned", "dim_order", "__hash__",
-    ) if hasattr(torch.Tensor, name)]
-    + [torch.is_floating_point, torch.is_complex, torch.numel, torch.is_conj, torch.is_neg, torch.is_inference,
-       torch.is_signed]
-)  # fmt: skip
-"""What a ghost knows of itself."""
-
-_LIKE = frozenset(
-    "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty new_tensor "
-    "new_empty_strided".split()
-)
-"""What asks a tensor for its shape and dtype only."""
-
-_DEMANDS = frozenset(
-    "item tolist numpy __array__ __bool__ __float__ __int__ __index__ __complex__ nonzero data_ptr equal allclose "
-    "is_nonzero unique unique_consecutive masked_select argwhere storage untyped_storage _typed_storage __contains__ "
-    "__dlpack__ __reduce_ex__ __array_wrap__ __cuda_array_interface__".split()
-)
-"""What asks for values, in Python."""
-
-_MOVES = frozenset(["to", "cpu", "cuda", "xpu", "type"])
-
-
-def name_of(func: Callable[..., Any]) -> str:
-    """A readable name of a function of torch."""
-    name = getattr(func, "__name__", repr(func))
-    if name in ("__get__", "__set__"):
-        return str(getattr(getattr(func, "__self__", None), "__name__", name))
-    return str(name)
-
 
 def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if func in _FACTS:
+    if func in FACTS:
         ghost = args[0]
         if type(ghost) is Ghost and ghost.value is not None:
             return func(*mapped(args, unwrapped), **kwargs)
@@ -196,7 +183,7 @@ def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             return func(*args, **kwargs)
     ghosts = [ghost for _, ghost in located((args, kwargs), Ghost)]
     late = any(ghost.value is not None or ghost.sheet.reached for ghost in ghosts)
-    if late and name_of(func) in _LIKE:
+    if late and name_of(func) in LIKE:
         return _like(func, args, kwargs)
     if late and all(ghost.value is not None or ghost.sheet.reached for ghost in ghosts):
         return func(*mapped(args, unwrapped), **mapped(kwargs, unwrapped))
@@ -236,7 +223,7 @@ def _imagined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if name in ("requires_grad", "requires_grad_") and type(args[0]) is Ghost:
         args[0].wants_grad = bool((*args[1:], *kwargs.values(), True)[0])
         return args[0]
-    if name in _DEMANDS:
+    if name in DEMANDS:
         raise _demanded(sheet, func, args, kwargs)
     known: dict[int, torch.Tensor] = {}
     metas: list[tuple[torch.Tensor, torch.Tensor, int]] = []
@@ -252,9 +239,9 @@ def _imagined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     first = next(ghost for _, ghost in located((args, kwargs), Ghost))
     before = device = _spec(first).device
     run = func
-    if name in _MOVES or "device" in options:
+    if name in MOVES or "device" in options:
         inner, options, device = _placed(name, args, inner, options, device)
-    if name in _MOVES - {"type", "to"}:
+    if name in MOVES - {"type", "to"}:
         run, options = torch.Tensor.to, {"dtype": inner[0].dtype}
     if device != before:
         options = {**options, "copy": True} if run is torch.Tensor.to else options
@@ -277,12 +264,13 @@ def _imagined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         (tensor, tensor._version) for tensor, _, _ in metas if type(tensor) is not Ghost and not tensor.is_inference()
     )
     places = {id(leaf): place for place, leaf in located(result)}
+    around, chance = around_now(before), chance_now(name, args, kwargs, before)
 
     def to_ghost(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) in known:
             return known[id(tensor)]
         spec = spec_of(tensor)._replace(device=device)
-        source = Derived(func, args, kwargs, places[id(tensor)], versions)
+        source = Derived(func, args, kwargs, places[id(tensor)], versions, around, chance)
         return Ghost(sheet, spec, source, tensor)
 
     return mapped(result, to_ghost)
@@ -357,10 +345,18 @@ def _force(ghost: Ghost) -> torch.Tensor:
         return ghost.value
     if any(tensor._version != version for tensor, version in source.versions):
         raise sheet.failed(CutError(f"{source} is used after the cut, but what it is made of was changed meanwhile."))
-    if name_of(source.func) in _LIKE:
-        result = _like(source.func, source.args, dict(source.kwargs))
-    else:
-        result = source.func(*mapped(source.args, unwrapped), **mapped(dict(source.kwargs), unwrapped))
+    if source.chance is not None and not torch.equal(source.chance, chance_of(_spec(ghost).device)):
+        raise sheet.failed(
+            CutError(
+                f"{source} is drawn by chance before the cut and used after it, and others were drawn in between, so "
+                "it would come out otherwise. Cut at an earlier submodule, or draw it after the cut."
+            )
+        )
+    with under(source.around):
+        if name_of(source.func) in LIKE:
+            result = _like(source.func, source.args, dict(source.kwargs))
+        else:
+            result = source.func(*mapped(source.args, unwrapped), **mapped(dict(source.kwargs), unwrapped))
     value: Any = dict(located(result))[source.place]
     ghost.value = value
     return ghost.value

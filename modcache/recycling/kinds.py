@@ -13,7 +13,7 @@ from ..batch import Batch, Bound, Column, NoRowsError, replaced, split
 from ..digest import digest, encode
 from ..errors import CutError
 from ..keys.registry import is_row
-from .trees import hidden_tensors
+from .trees import ATOMS, fresh, hidden_tensors
 
 __all__ = [
     "Asked",
@@ -21,6 +21,7 @@ __all__ = [
     "first_row",
     "first_rows",
     "inputs_of",
+    "owned",
     "rows_in",
     "with_inputs",
     "with_values",
@@ -168,6 +169,14 @@ def with_values(arguments: Arguments, values: Mapping[str, Any]) -> Arguments:
         else:
             kwargs[place] = replaced(kwargs[place], name, values)
     return Arguments(tuple(args), kwargs, arguments.names)
+
+
+def owned(arguments: Arguments) -> Arguments:
+    """The arguments in lists and mappings of their own, of which a forward may take things out."""
+    args, kwargs = arguments.args, arguments.kwargs
+    if all(type(value) in ATOMS for value in args) and all(type(value) in ATOMS for value in kwargs.values()):
+        return arguments
+    return Arguments(fresh(args), fresh(kwargs), arguments.names)
 
 
 def first_rows(column: Column, rows: int) -> Any:

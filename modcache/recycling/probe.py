@@ -14,11 +14,11 @@ from ..arguments import Arguments
 from ..errors import CutError
 from ..selfcheck import preserved_randomness
 from .alike import difference
-from .axes import floor_of
+from .axes import agree, floor_of
 from .branches import Branch, Branches
-from .captures import Found, capture, not_reached
+from .captures import Found, capture, not_reached, rows_of_capture
 from .ghosts import Ghost, Origin, unwrapped
-from .kinds import Asked
+from .kinds import Asked, owned
 from .padding import refuse_padding
 from .plan import Asking, Plan
 from .planning import Evidence, plan_of
@@ -70,7 +70,8 @@ class _Probe:
 
     def full(self, arguments: Arguments) -> Any:
         with torch.inference_mode(False), torch.no_grad(), running(None), preserved_randomness():
-            return self.forward(self.model, *arguments.args, **arguments.kwargs)
+            given = owned(arguments)
+            return self.forward(self.model, *given.args, **given.kwargs)
 
     def captured(self, arguments: Arguments, trace: Trace | None = None) -> Found:
         run = Capture(self.call, trace=trace)
@@ -87,6 +88,8 @@ class _Probe:
             plan = self._parted(batch, output)
             if self.tokens:
                 refuse_padding(self, plan, self.asked, batch, self.count)
+            if self.asked.batch.size > self.count:
+                self._compare_sizes(plan)
             return plan, frozenset(self.branches.new | self.branches.irrelevant(plan.inputs))
         except (CutError, MemoryError, torch.OutOfMemoryError):
             raise
@@ -181,6 +184,17 @@ class _Probe:
                         "which rows are in the batch. Cut at an earlier submodule."
                     )
 
+    def _compare_sizes(self, plan: Plan) -> None:
+        """Whether the rows come out among all of the first batch as they do among the few of the probe."""
+        everything = self.asked.arguments.taken(self.asked.batch, range(self.asked.batch.size))
+        found = [rows_of_capture(plan, self.captured(given)) for given in (self.taken(self.places), everything)]
+        for stored, some, rows in zip(plan.per_row, *found, strict=True):
+            if rows.shape[1:] != some.shape[1:] or not agree(rows[self.places], some, plan.floor):
+                raise CutError(
+                    f"{self.at}: {stored} comes out otherwise among {len(rows)} rows than among {len(some)}: rows "
+                    "depend on each other, or on how many there are. Cut at an earlier submodule."
+                )
+
     def _ghostly(self, found: Found, batch: Arguments) -> tuple[Step, ...]:
         """The places among the arguments of the cut that only modules before it can fill."""
         run = Resume(self.call, found.capture.templates, frozenset(), frozenset(), None, {})
@@ -196,7 +210,8 @@ class _Probe:
         with torch.inference_mode(False), torch.no_grad(), running(run), preserved_randomness():
             run.watch()
             try:
-                output = self.forward(self.shadow.root, *arguments.args, **arguments.kwargs)
+                given = owned(arguments)
+                output = self.forward(self.shadow.root, *given.args, **given.kwargs)
             finally:
                 run.unwatch()
             return mapped(output, unwrapped, Ghost)

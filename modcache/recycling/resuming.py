@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..arguments import Arguments
 from ..errors import CutError
 from ..fingerprint import context
 from ..memo import Bypass
 from ..selfcheck import preserved_randomness
 from .axes import from_rows
 from .branches import Branch, Branches
-from .captures import capture, refuse_coupled, refuse_other_rows, rows_of_capture, shapes_of
+from .captures import capture, refuse_coupled, refuse_feeding, refuse_other_rows, rows_of_capture, shapes_of
 from .ghosts import Ghost, Origin, unwrapped
-from .kinds import Asked, first_row, inputs_of, rows_in, with_inputs
+from .kinds import Asked, first_row, inputs_of, owned, rows_in, with_inputs
 from .plan import Plan, Shapes
 from .runs import Capture, Resume
 from .shadow import Shadow, running
@@ -69,7 +70,10 @@ class Resuming:
 
     def __call__(self, call: Call) -> Any:
         """What the model gives."""
-        asked, plan = call.asked, call.plan
+        given, plan = call.asked.arguments, call.plan
+        kept = owned(given)  # the model's own code may take things out of what it is given, and is yet to be given it
+        asked = call.asked._replace(arguments=kept)
+        call = call._replace(asked=asked)
         known = self._ways.setdefault(asked.kind, set())
         ways, made = Branches(known), list[Shapes]()
         inputs = inputs_of(asked, plan.wanted)
@@ -95,13 +99,12 @@ class Resuming:
             stored = call.parted.attached.forward(trunk, type(trunk), (), inputs_of_trunk(plan, asked, call.keys))
             ways.new.clear()  # those of a row that was alone
             shapes = self._shapes_of(call, made, run, inputs)
-        output = self._head(call, shapes, stored, ways)
+        output = self._head(call, given, shapes, stored, ways)
         if ways.new:
+            refuse_other_rows(plan, call.shadow, call.forward, asked, stored)
             if asked.batch.size > 1:
                 refuse_coupled(plan, call.shadow, call.forward, asked, ways)
                 known.update(ways.new)
-            else:
-                refuse_other_rows(plan, call.shadow, call.forward, asked, stored)
         return output
 
     def _shapes_of(
@@ -122,8 +125,8 @@ class Resuming:
             shapes = self._shapes[sizes] = made[0]
         return shapes
 
-    def _head(self, call: Call, shapes: Shapes, stored: Any, ways: Branches) -> Any:
-        plan, shadow, arguments = call.plan, call.shadow, call.asked.arguments
+    def _head(self, call: Call, arguments: Arguments, shapes: Shapes, stored: Any, ways: Branches) -> Any:
+        plan, shadow = call.plan, call.shadow
         tensors: dict[Any, torch.Tensor] = {source: value.clone() for source, value in shapes.shared.items()}
         for kept, rows in zip(plan.per_row, stored, strict=True):
             assert kept.axis is not None
@@ -157,7 +160,7 @@ class Resuming:
                 raise run.error from None
             raise
         finally:
-            shadow.hand_back()
+            news = shadow.hand_back()
         if run.error is not None:
             raise run.error
         if not run.reached:
@@ -165,6 +168,8 @@ class Resuming:
                 f"{plan.at} was not called on this call, though it was when such a call was probed: it is skipped "
                 "by chance (layer drop), in training, or by values. Switch that off, or cut at another submodule."
             )
+        for new in news:
+            refuse_feeding(plan, shadow, call.forward, call.asked, new)
         return output
 
 

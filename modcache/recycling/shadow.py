@@ -12,10 +12,10 @@ from torch import nn
 
 from ..classes import original_class
 from ..errors import CutError
-from .ghosts import Ghost, filled
+from .ghosts import Ghost, filled, settled
 from .trees import mapped
 
-__all__ = ["Place", "Run", "Shadow", "current", "eval_twin", "running"]
+__all__ = ["ABSENT", "Place", "Run", "Shadow", "Written", "current", "eval_twin", "running"]
 
 
 class Place(NamedTuple):
@@ -32,6 +32,24 @@ class Place(NamedTuple):
     module: nn.Module
     bare: bool
     cut: bool
+
+
+ABSENT = object()
+"""There was no such attribute."""
+
+
+class Written(NamedTuple):
+    """An attribute that a forward set.
+
+    Args:
+        module: whose.
+        name: its name.
+        before: the value until then.
+    """
+
+    module: nn.Module
+    name: str
+    before: Any
 
 
 class Run(Protocol):
@@ -88,6 +106,15 @@ def _call(gate: Any, *args: Any, **kwargs: Any) -> Any:
     return run.called(place, args, kwargs)
 
 
+class _Shield:
+    """Stands before a class, so that what this does with its subclasses is not done with a gate."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        """Nothing."""
+
+
 def _gate_class(cls: type[nn.Module]) -> type[nn.Module]:
     known = _gates.get(cls)
     made = known() if known is not None else None
@@ -103,8 +130,9 @@ def _gate_class(cls: type[nn.Module]) -> type[nn.Module]:
             "__qualname__": cls.__qualname__,
             "__call__": _call,
             "__getattr__": __getattr__,
+            "__class__": property(lambda self: cls),  # a slice of a Sequential is made by `self.__class__(...)`
         }
-        made = type(cls)(cls.__name__, (cls,), body)  # type: ignore[misc]
+        made = type.__new__(type(cls), cls.__name__, (_Shield, cls), body)  # past what its metaclass does with classes
         _gates[cls] = weakref.ref(made)
     return made
 
@@ -196,22 +224,22 @@ class Shadow:
             if training is not None:
                 mine["training"] = training
 
-    def hand_back(self) -> None:
-        """Give the originals what the forward set on their copies."""
+    def hand_back(self) -> list[Written]:
+        """Give the originals what the forward set on their copies; what no forward before was seen to set."""
+        news: list[Written] = []
         for module, other, _, _ in self._copies:
             mine, theirs = vars(other), vars(module)
             if list(mine) == list(theirs) and sum(map(is_not, mine.values(), theirs.values())) == 1:
                 continue  # but for the children, the very same
             for name, value in mine.items():
                 if name not in _OWN and theirs.get(name, _local) is not value:
+                    if (id(module), name) not in self.written:
+                        news.append(Written(module, name, theirs.get(name, ABSENT)))
                     self.written.add((id(module), name))
-                    theirs[name] = mapped(value, _bound, Ghost)
+                    theirs[name] = mapped(value, settled, Ghost)
             for name in [name for name in theirs if name not in mine and name not in _OWN]:
                 del theirs[name]
-
-
-def _bound(ghost: Ghost) -> Any:
-    return ghost if ghost.value is None else ghost.value
+        return news
 
 
 _OWN = frozenset({"_modules", "training", "_compiled_call_impl", "_modcache"})

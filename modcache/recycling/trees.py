@@ -7,12 +7,12 @@ import dataclasses
 import math
 import types
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 
-__all__ = ["ATOMS", "Step", "fill_inside", "hidden_tensors", "located", "mapped", "same_but_tensors"]
+__all__ = ["ATOMS", "Step", "fill_inside", "fresh", "hidden_tensors", "located", "mapped", "same_but_tensors"]
 
 Step = tuple[int | str, ...]
 """Where a tensor lies in a structure: indexes, keys and names of fields."""
@@ -35,7 +35,10 @@ def _parts(value: Any) -> list[tuple[int | str, Any]] | None:
     if isinstance(value, Mapping):
         return list(value.items())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        try:
+            return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        except Exception:  # a configuration of which some fields are not there to be asked for
+            return None
     return None
 
 
@@ -74,7 +77,9 @@ def mapped(value: Any, change: Callable[[Any], Any], leaf: type = torch.Tensor) 
 
 def _rebuilt(value: Any, parts: list[tuple[int | str, Any]]) -> Any:
     if isinstance(value, tuple):
-        return tuple.__new__(type(value), [part for _, part in parts])
+        items = [part for _, part in parts]
+        made_in_c = type(value).__module__ == "torch.return_types"
+        return type(value)(items) if made_in_c else tuple.__new__(type(value), items)
     other = copy.copy(value)
     if isinstance(value, list):
         other[:] = [part for _, part in parts]
@@ -111,6 +116,19 @@ def _equal(one: Any, other: Any) -> bool:
     if not isinstance(one, bool | int | float | str | bytes | torch.dtype | torch.device):
         return False  # an object whose inside nobody can compare
     return one == other or (isinstance(one, float) and math.isnan(one) and math.isnan(other))
+
+
+def fresh(value: Any) -> Any:
+    """The structure with lists and mappings of its own, of which a forward may take things out."""
+    if type(value) in ATOMS:
+        return value
+    if isinstance(value, list | MutableMapping):
+        return _rebuilt(value, [(step, fresh(part)) for step, part in _parts(value) or ()])
+    if isinstance(value, tuple):
+        items = [fresh(part) for part in value]
+        same = all(new is old for new, old in zip(items, value, strict=True))
+        return value if same else _rebuilt(value, list(enumerate(items)))
+    return value
 
 
 def fill_inside(value: Any, change: Callable[[Any], Any], leaf: type, depth: int = 4) -> None:

@@ -91,10 +91,16 @@ class Parted:
             theirs = vars(original).copy()
             for name in _INNER & theirs.keys():
                 del theirs[name]
-            for name in [name for name in theirs if (number, name) in written] if written else ():
-                del theirs[name]
             mine = vars(copied)
+            for name in [name for name in theirs if (number, name) in written] if written else ():
+                if name in mine:
+                    theirs[name] = mine[name]  # as it was before a forward set it, so that the rows keep their name
+                else:
+                    del theirs[name]
             mine.update(theirs)
+            for kind in ("_parameters", "_buffers"):
+                for name in mine[kind]:  # those of an ancestor that feed the cut may have been exchanged
+                    mine[kind][name] = vars(original)[kind].get(name)
             if len(mine) > len(theirs) + len(_BARE):
                 for name in mine.keys() - theirs.keys() - _INNER:
                     del mine[name]
