@@ -18,7 +18,6 @@ from .keys.parts import shared_digests
 from .keys.registry import encode_registered, is_row
 from .memo import Bypass, Memo, Options
 from .recipe import Form, form_of
-from .sameness import differ
 from .tensors import NoContentError
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "refuse_blocked",
     "refuse_grad",
     "row_count",
-    "to_be_checked",
 ]
 
 
@@ -69,14 +67,6 @@ def refuse_blocked(memo: Memo, form: Form) -> None:
     """Bypass calls of a form that was found not to be rows."""
     if (reason := memo.blocked(form)) is not None:
         raise Bypass(reason)
-
-
-def to_be_checked(memo: Memo, namespace: str, batch: Batch, form: Form) -> bool:
-    """Whether no self-check of calls like this one has passed: of its form, and differing in what it differs in."""
-    if memo.passed(namespace, form) is None:
-        return True
-    untested = memo.untested(namespace, form)
-    return bool(untested) and differ(batch, untested)
 
 
 def keyed_of(memo: Memo, batch: Batch, arguments: Arguments, given: Given | None) -> Keyed:
@@ -184,7 +174,7 @@ def explained(
     refuse_blocked(memo, form)
     found = _are_stored(memo, namespace, keyed.keys)
     answers = memo.memory.explain(namespace, keyed, shared_digests(batch), found, namespaces)
-    if len(set(keyed.keys)) < 2 or not to_be_checked(memo, namespace, batch, form):
+    if memo.passed(namespace, form) is not None or len(set(keyed.keys)) < 2:
         return answers
     why = "stored, but batches of this form are not checked yet: the first one is computed as a whole"
     return [Explanation(answer.row, False, why) if answer.hit else answer for answer in answers]

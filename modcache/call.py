@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .ask import batch_of, home_of, keyed_of, refuse_blocked, refuse_grad, row_count, to_be_checked
-from .compute import Computed, compute, compute_again, self_check_failed
-from .errors import CacheMissError, StaleRecordError
+from .ask import batch_of, home_of, keyed_of, refuse_blocked, refuse_grad, row_count
+from .compute import Computed, compute, self_check_failed
+from .confirm import confirm, verify
+from .errors import CacheMissError
 from .hit import Missed, Site
 from .keys import Given
 from .keys.padding import pad_rows
@@ -24,6 +24,7 @@ from .plan import CallPlan, distinct, plan_call, rows_to_serve
 from .recipe import Outline, form_of, recipe_of
 from .rows import Rows, join_rows
 from .running import Host, Job, Part, run_uncached
+from .sameness import differences
 from .selfcheck import difference
 from .stores import Found
 
@@ -125,23 +126,31 @@ def bypass(
 def _cached(job: Job, found: tuple[Found, ...], began: float, keyed_at: float) -> object:
     memo, namespace, keyed = job.memo, job.site.namespace, job.keyed
     mode = current_mode()
-    unchecked = mode != "require-hit" and to_be_checked(memo, namespace, job.batch, job.form)
-    plan = plan_call(keyed.keys, found, unchecked=unchecked, ragged=keyed.tokens is not None)
+    unchecked = mode != "require-hit" and memo.passed(namespace, job.form) is None
+    untested = differences(job.batch, memo.untested(namespace, job.form)) if mode != "require-hit" else ()
+    ragged = keyed.tokens is not None
+    plan = plan_call(keyed.keys, found, unchecked=unchecked, ragged=ragged)
+    if untested and not plan.found:
+        plan = plan_call(keyed.keys, (), unchecked=True, ragged=ragged)
     output = _UNKNOWN if plan.compute else _served(job, plan)
+    computed = None
     looked_at = computed_at = stored_at = perf_counter()
     if output is _UNKNOWN:
-        plan = plan if plan.compute else _all_rows(job, check=unchecked)
+        plan = plan if plan.compute else _all_rows(job, check=unchecked or bool(untested))
         if mode == "require-hit":
             raise _missing_rows(job, plan)
         plan, computed, output = _computed(job, plan)
         if found and not plan.found and keyed.tokens is None:
             _refuse_contradiction(job, found, plan, computed)
+    if untested and plan.found:
+        confirm(job, plan, computed, untested)
+    if computed is not None:
         computed_at = perf_counter()
         if mode != "read-only":
             _put(job, plan, computed)
         stored_at = perf_counter()
     if memo.options.verify and plan.found:
-        _verify(job, plan)
+        verify(job, plan)
     rows, count = job.batch.size, len(plan.compute)
     seconds = keyed_at - began, looked_at - keyed_at, computed_at - looked_at, stored_at - computed_at
     memo.count(namespace, rows, rows - count, count, seconds=seconds)
@@ -149,7 +158,8 @@ def _cached(job: Job, found: tuple[Found, ...], began: float, keyed_at: float) -
 
 
 def _all_rows(job: Job, *, check: bool) -> CallPlan:
-    return CallPlan((), tuple(distinct(job.keyed.keys).values()), check)
+    rows = tuple(distinct(job.keyed.keys).values())
+    return CallPlan((), rows, check and len(rows) > 1)
 
 
 def _missing_rows(job: Job, plan: CallPlan) -> CacheMissError:
@@ -243,39 +253,3 @@ def _built(memo: Memo, rows: Rows, home: torch.device) -> object:
         return tree_of(rows, home, whole=not memo.options.per_row)
     except UnknownClassError:
         return _UNKNOWN
-
-
-# --- verify ---------------------------------------------------------------------------------------------
-
-_chance = random.Random()  # noqa: S311 - a sample, not a secret; the user's generators stay as they are
-
-
-def _verify(job: Job, plan: CallPlan) -> None:
-    """Recompute a share of the hits and compare.
-
-    Raises:
-        StaleRecordError: naming the row and the difference.
-    """
-    share = job.memo.options.verify
-    served = {int(place) for part in plan.found for place in part.positions}
-    places = [place for place in distinct(job.keyed.keys).values() if place in served and _chance.random() < share]
-    if not places:
-        return
-    for numbers, fresh in compute_again(job, places):
-        for number, own in zip(numbers.tolist(), range(len(numbers)), strict=True):
-            stored = _stored_row(plan, places[number])
-            found = difference(stored, fresh.take([own]), job.site.floor)
-            if found is not None:
-                raise StaleRecordError(
-                    f"{job.memo.name}: row {places[number]} of this call is stored, but the module gives another one "
-                    f"now: {found}. Weights were changed unnoticed, or the store was; cache_of(module).recheck() looks "
-                    "at all weights, cache_of(module).clear() drops the rows."
-                )
-
-
-def _stored_row(plan: CallPlan, place: int) -> Rows:
-    for part in plan.found:
-        at = np.flatnonzero(part.positions == place)
-        if len(at):
-            return part.rows.take([int(at[0])])
-    raise AssertionError(f"row {place} was served but not found")

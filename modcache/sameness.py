@@ -17,7 +17,7 @@ from .digest import encode
 from .row_digests import tensor_row_digests
 from .tensors import NoContentError, is_plain, plain_memory
 
-__all__ = ["differ", "lengths_differ", "sameness", "values_differ"]
+__all__ = ["differences", "lengths_differ", "sameness", "telling_rows", "values_differ"]
 
 
 def sameness(batch: Batch, places: Sequence[int], but: Collection[str] = ()) -> frozenset[str]:
@@ -28,26 +28,40 @@ def sameness(batch: Batch, places: Sequence[int], but: Collection[str] = ()) -> 
         places: rows of it, in ascending order.
         but: paths of columns that are known to be per row.
     """
-    found: list[str] = []
-    for column in batch.columns:
-        if column.path in but:
-            continue
-        if not _values_differ(column, places):
-            found.append(column.path)
-        if isinstance(column.value, list | tuple) and not lengths_differ(_rows_at(column.value, places)):
-            found.append(f"len({column.path})")
-    return frozenset(found)
+    columns = [column for column in batch.columns if column.path not in but]
+    names = [column.path for column in columns if not _values_differ(column, places)]
+    lists = [column for column in columns if isinstance(column.value, list | tuple)]
+    names += [f"len({column.path})" for column in lists if not lengths_differ(_rows_at(column.value, places))]
+    return frozenset(names)
 
 
-def differ(batch: Batch, names: frozenset[str]) -> bool:
-    """Whether the rows of a call differ in anything that is named."""
-    for column in batch.columns:
-        value = column.value
-        if column.path in names and _values_differ(column, range(batch.size)):
-            return True
-        if f"len({column.path})" in names and isinstance(value, list | tuple) and lengths_differ(value):
-            return True
-    return False
+def differences(batch: Batch, names: Collection[str]) -> tuple[str, ...]:
+    """Those of the names in which the rows of a call are not all the same."""
+    return tuple(name for column, name in _named(batch, names) if _differ(column, name, range(batch.size)))
+
+
+def telling_rows(batch: Batch, names: Collection[str], place: int) -> list[int]:
+    """For each name a row that differs in it from the row at ``place``, as far as there is one."""
+    found: dict[int, None] = {}
+    for column, name in _named(batch, names):
+        other = next(
+            (at for at in range(batch.size) if at != place and _differ(column, name, sorted((at, place)))), None
+        )
+        if other is not None:
+            found[other] = None
+    return list(found)
+
+
+def _named(batch: Batch, names: Collection[str]) -> list[tuple[Column, str]]:
+    return [
+        (column, name) for column in batch.columns for name in (column.path, f"len({column.path})") if name in names
+    ]
+
+
+def _differ(column: Column, name: str, places: Sequence[int]) -> bool:
+    if name == column.path:
+        return _values_differ(column, places)
+    return isinstance(column.value, list | tuple) and lengths_differ(_rows_at(column.value, places))
 
 
 def lengths_differ(rows: Sequence[object]) -> bool:

@@ -23,6 +23,7 @@ LAYERS = [
     {"hit", "requested"},
     {"ask", "refusals", "running"},
     {"compute"},
+    {"confirm"},
     {"call", "freezing", "naming"},
     {"attached"},
     {"classes"},

@@ -1,5 +1,8 @@
 """What a self-check could not see, because its rows did not differ in it, is checked when rows differ in it."""
 
+import itertools
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from modcache import CacheWarning, MemoryStore, cache_of, cached_module, mode
+from modcache import CacheWarning, MemoryStore, cached_module, mode
 from modcache.batch import split
 from modcache.keys.registry import is_row
-from modcache.sameness import differ, sameness
+from modcache.sameness import differences, sameness, telling_rows
 
 from .hazards import Quiet, agree, bypassed, computed, hits, pair
 from .models import CountingEncoder
@@ -56,7 +59,7 @@ def test_rows_that_are_all_the_same(kind):
     batch = rows_of(x=value)
     found = sameness(batch, range(4))
     assert ("x" not in found) == expected
-    assert differ(batch, frozenset({"x"})) == expected
+    assert differences(batch, {"x"}) == (("x",) if expected else ())
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.data())
@@ -73,8 +76,16 @@ def test_lengths():
     batch = rows_of(x=["a", "bb", "c"], y=["a", "b", "c"])
     assert sameness(batch, range(3)) == {"len(y)"}
     assert sameness(batch, [0, 2], but={"y"}) == {"len(x)"}
-    assert differ(batch, frozenset({"len(x)"}))
-    assert not differ(batch, frozenset({"len(y)", "x.y", "z"}))
+    assert differences(batch, {"len(x)", "len(y)", "y", "x.y", "z"}) == ("len(x)", "y")
+
+
+def test_telling_rows():
+    """For each name one row is told that differs in it, and no row twice."""
+    batch = rows_of(x=["a", "b", "cc", "a"], y=torch.tensor([1, 1, 1, 2]), z=[0, 1, 0, 0])
+    assert telling_rows(batch, {"x", "len(x)", "y"}, 0) == [1, 2, 3]
+    assert telling_rows(batch, {"x", "z"}, 0) == [1]
+    assert telling_rows(batch, {"x", "y"}, 3) == [1, 0]
+    assert telling_rows(batch, (), 0) == []
 
 
 class Apply(nn.Module):
@@ -127,7 +138,7 @@ def test_rows_that_were_stored_one_by_one_or_with_equal_values():
     agree(cached, plain, X, torch.ones(8))
     assert computed(cached) == 16
     assert hits(cached) == 16
-    with pytest.warns(CacheWarning, match="did not give the same rows"):
+    with pytest.warns(CacheWarning, match="came out otherwise among rows of another kind"):
         agree(cached, plain, X, torch.tensor([0.0, 1.0] * 4))
     agree(cached, plain, X, torch.zeros(8))
     assert bypassed(cached) == 32
@@ -144,99 +155,141 @@ class Masked(nn.Module):
         return self.encoder(x * mask) + kind[:, None]
 
 
-def calls(module):
-    """The sizes of the batches that were computed, of eight rows or four, and where a check followed."""
-    return [size if size in (4, 8) else "check" for size in module.encoder.seen.sizes]
+def runs(module):
+    """The sizes of the batches that were computed; 0 for the few rows of a check."""
+    return [size if size >= 4 else 0 for size in module.encoder.seen.sizes]
+
+
+ONES, ZEROS = torch.ones(8, 3), torch.zeros(8)
+MASK = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]] * 4)
 
 
 def test_arguments_that_seldom_differ_cost_no_hits():
     """An argument that is always the same is no reason to compute again; one that starts to differ is checked once."""
     cached, plain = pair(Masked())
-    ones, kind = torch.ones(4, 3), torch.zeros(4)
-    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    agree(cached, plain, X[:4], ones, kind)
-    agree(cached, plain, X[4:], ones, kind)
-    assert calls(cached) == [4, "check", 4]
-    agree(cached, plain, X[:4], mask, kind)
-    assert calls(cached) == [4, "check", 4, 4, "check"]  # two of its rows are stored: all are computed, once
-    agree(cached, plain, X[4:], mask / 2, kind)
-    agree(cached, plain, X[:4], ones, kind)
-    assert calls(cached) == [4, "check", 4, 4, "check", 4]
+    agree(cached, plain, X, ONES, ZEROS)
+    agree(cached, plain, -X, ONES, ZEROS)
+    assert runs(cached) == [8, 0, 8]
+    agree(cached, plain, X, MASK, ZEROS)
+    assert runs(cached) == [8, 0, 8, 4, 0]  # every second row is stored
+    agree(cached, plain, -X, MASK, ZEROS)
+    agree(cached, plain, X * 2, MASK, ZEROS)
+    agree(cached, plain, X, ONES, ZEROS)
+    assert runs(cached) == [8, 0, 8, 4, 0, 4, 8]
     assert bypassed(cached) == 0
 
 
-def test_what_a_call_lacks_is_told():
-    """`explain` says that a call with rows that differ for the first time is computed as a whole."""
-    cached = cached_module(Masked(), freeze=True)
-    ones, kind = torch.ones(4, 3), torch.zeros(4)
-    cached(X[:4], ones, kind)
-    cached(X[:4], ones, kind + 1)
-    assert all(answer.hit for answer in cache_of(cached).explain(X[:4], ones, kind))
-    found = cache_of(cached).explain(X[:4], ones, torch.tensor([0.0, 1.0, 0.0, 1.0]))
-    assert not any(answer.hit for answer in found)
-    assert "not checked yet" in str(found[0])
+def test_rows_that_are_all_stored_are_served_once_they_are_confirmed():
+    """Nothing is computed again but the few rows of a check, where all rows are stored, and only once."""
+    cached, plain = pair(Masked())
+    for number in range(2):
+        agree(cached, plain, X, ONES, ZEROS + number)
+    assert runs(cached) == [8, 0, 8]
+    agree(cached, plain, X, ONES, torch.tensor([0.0, 1.0] * 4))
+    assert runs(cached) == [8, 0, 8, 0]
+    agree(cached, plain, X, ONES, torch.tensor([1.0, 0.0] * 4))
+    assert runs(cached) == [8, 0, 8, 0]
+    assert hits(cached) == 48
+    assert computed(cached) == 16
+
+
+def test_a_batch_of_which_nothing_is_stored_is_checked_as_any():
+    """Where rows differ for the first time and none is stored, the batch is checked as the first one was."""
+    cached, plain = pair(Apply(lambda x, w: x + w.mean()))
+    agree(cached, plain, X, ZEROS)
+    with pytest.warns(CacheWarning, match="did not give the same rows"):
+        agree(cached, plain, -X, torch.arange(8.0))
+
+
+class Full(Masked):
+    """Has no room for a few rows, while the environment says so."""
+
+    def forward(self, x, mask, kind):
+        if len(x) < 4 and os.environ.get("FULL"):
+            raise MemoryError
+        return super().forward(x, mask, kind)
+
+
+def test_what_cannot_be_confirmed_now_is_tried_again(monkeypatch):
+    """Where the few rows have no room in memory, rows are served, and the next call tries again."""
+    cached, plain = pair(Full())
+    kinds = torch.tensor([0.0, 1.0] * 4)
+    for number in range(2):
+        agree(cached, plain, X, ONES, ZEROS + number)
+    with monkeypatch.context() as around:
+        around.setenv("FULL", "1")
+        agree(cached, plain, X, ONES, kinds)
+    assert runs(cached) == [8, 0, 8]
+    agree(cached, plain, X, ONES, kinds)
+    assert runs(cached) == [8, 0, 8, 0]
 
 
 def test_stored_rows_alone_are_served_unchecked():
     """Mode "require-hit" asks for stored rows and computes nothing, so nothing is checked either."""
     cached = cached_module(Masked(), freeze=True)
-    ones = torch.ones(4, 3)
-    rows = [cached(X[:4], ones, torch.full((4,), float(number))) for number in range(2)]
+    rows = [cached(X, ONES, ZEROS + number) for number in range(2)]
     with mode("require-hit"):
-        found = cached(X[:4], ones, torch.tensor([0.0, 1.0, 0.0, 1.0]))
+        found = cached(X, ONES, torch.tensor([0.0, 1.0] * 4))
     assert torch.equal(found[::2], rows[0][::2])
     assert torch.equal(found[1::2], rows[1][1::2])
+    assert runs(cached) == [8, 0, 8]
+
+
+def test_keys_that_are_given_are_taken_at_their_word():
+    """Rows of which the caller gave the keys are served by these, whatever the arguments are."""
+    cached = cached_module(Masked(), freeze=True)
+    rows = cached(X, ONES, ZEROS, cache_keys=range(8))
+    assert torch.equal(cached(X, MASK, ZEROS, cache_keys=range(8)), rows)
+    assert runs(cached) == [8, 0]
+
+
+def twins(count, stores):
+    """Modules of the same content."""
+    found = []
+    for _, store in zip(range(count), stores, strict=False):
+        torch.manual_seed(0)
+        found.append(cached_module(Masked(), freeze=True, store=store))
+    return found
 
 
 def test_what_is_known_is_shared_with_copies_through_the_store():
     """Two modules of the same content check an argument that starts to differ once."""
-    store, ones, kind = MemoryStore(), torch.ones(4, 3), torch.arange(4.0)
-    models = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        models.append(cached_module(Masked(), freeze=True, store=store))
-    one, other = models
-    one(X[:4], ones, kind * 0)
-    other(X[:4], ones, kind)
-    assert calls(other) == [4, "check"]
-    one(X[4:], ones, kind)
-    assert calls(one) == [4, "check", 4]
+    one, other = twins(2, itertools.repeat(MemoryStore()))
+    one(X, ONES, ZEROS)
+    other(X, ONES, torch.arange(8.0))
+    assert runs(other) == [7, 0]
+    one(-X, ONES, torch.arange(8.0))
+    assert runs(one) == [8, 0, 8]
 
 
 def test_the_next_process_knows_what_was_not_tested():
     """Word is left of what a check could not see: what it saw is believed, and what it did not is checked."""
-    store, ones, kind = Keeping(), torch.ones(4, 3), torch.zeros(4)
-    models = []
-    for _ in range(3):
-        torch.manual_seed(0)
-        models.append(cached_module(Masked(), freeze=True, store=store))
-        store = anew(store)
-    first, second, third = models
-    first(X[:4], ones, kind)
-    second(X[:4], ones, kind)
-    assert second.encoder.calls == 0
-    second(X[:4], torch.arange(12.0).reshape(4, 3), kind)
-    assert calls(second) == [4, "check"]
-    third(X[4:], torch.arange(12.0).reshape(4, 3), kind)
-    assert calls(third) == [4]
-    third(X[:4], ones, kind + torch.arange(4.0))
-    assert calls(third) == [4, 4, "check"]
+    store = Keeping()
+    first, second, third = twins(3, [store, anew(store), anew(store)])
+    first(X, ONES, ZEROS)
+    second(X, ONES, ZEROS)
+    assert runs(second) == []
+    second(X, MASK, ZEROS)
+    assert runs(second) == [4, 0]
+    third(X, MASK, ZEROS)
+    third(-X, MASK, ZEROS)
+    assert runs(third) == [8]
+    third(X, ONES, torch.arange(8.0))
+    assert runs(third) == [8, 7, 0]
 
 
 @pytest.mark.parametrize("same", [None, 3, [3], {"mask": 1}])
 def test_nonsense_for_what_was_not_tested(same):
     """A mark that somebody made up is not believed: the batch is checked again."""
-    store, ones, kind = Keeping(), torch.ones(4, 3), torch.zeros(4)
-    torch.manual_seed(0)
-    cached_module(Masked(), freeze=True, store=store)(X[:4], ones, kind)
+    store = Keeping()
+    one, other = twins(2, [store, anew(store)])
+    one(X, ONES, ZEROS)
     (facts,) = store.told.values()
     ((mark, value),) = facts["checked"].items()
     assert value == {"dims": ((),), "same": ["kind", "mask"]}
     facts["checked"] = {mark: {**value, "same": same}}
-    torch.manual_seed(0)
-    later = cached_module(Masked(), freeze=True, store=anew(store))
-    later(X[:4], ones, kind)
-    assert calls(later) == [4, "check"]
+    other(X, ONES, ZEROS)
+    assert runs(other) == [8, 0]
 
 
 class Padded(nn.Module):
@@ -254,7 +307,7 @@ def test_texts_of_one_length_at_first():
     agree(cached, plain, ["aa", "cc"])
     agree(cached, plain, ["eee"])
     assert bypassed(cached) == 0
-    with pytest.warns(CacheWarning, match="did not give the same rows"):
+    with pytest.warns(CacheWarning, match="came out otherwise among rows of another kind"):
         agree(cached, plain, ["aa", "eee"])
     agree(cached, plain, ["aa", "ffffff"])
     assert bypassed(cached) == 8
@@ -276,12 +329,13 @@ def test_texts_of_one_length_cost_no_hits():
     cached, plain = pair(Lengths(), key="text")
     agree(cached, plain, ["a", "b", "c", "d"])
     agree(cached, plain, ["d", "a"])
-    assert calls(cached) == [4, "check"]
+    assert runs(cached) == [4, 0]
     agree(cached, plain, ["ee", "ff", "gg", "hh"])
-    assert calls(cached) == [4, "check", 4]
+    assert runs(cached) == [4, 0, 4]
     agree(cached, plain, ["a", "b", "ee", "ff"])
-    assert calls(cached) == [4, "check", 4, 4, "check"]
+    assert runs(cached) == [4, 0, 4, 0]
     agree(cached, plain, ["c", "d", "gg", "hh"])
     agree(cached, plain, ["ee", "a"])
-    assert calls(cached) == [4, "check", 4, 4, "check"]
+    assert runs(cached) == [4, 0, 4, 0]
+    assert computed(cached) == 8
     assert bypassed(cached) == 0
