@@ -14,7 +14,7 @@ from torch import nn
 
 from .arguments import Arguments, Binder
 from .call import bypass, call
-from .fingerprint import Fingerprint, Identity, Standing, context, context_facts
+from .fingerprint import UNDETERMINED, Fingerprint, Identity, Standing, context, context_facts
 from .freezing import Before
 from .hit import Missed, Site, hit
 from .keys import Given
@@ -28,6 +28,7 @@ from .requested import Requested
 from .running import Host
 from .selfcheck import tolerance_of
 from .stores import MemoryStore, Store
+from .succession import Succession
 
 __all__ = ["Attached"]
 
@@ -78,11 +79,11 @@ class Attached:
         )
         self._binder: Binder | None = None
         self._naming = Naming(self.identity, requested, undigested_from)
+        self._succession = Succession(self._naming)
         self._token = uuid.uuid4().hex
         self._wrapped = datetime.now(timezone.utc)
         self._sites: dict[State, Site] = {}
         self._fine: list[Standing | None] = [None, None]  # standings that were looked at and are no reason to bypass
-        self._latest: int | None = None
         self._late_moves = 0
 
     # --- copies
@@ -114,8 +115,8 @@ class Attached:
             self._drop_spoiled()
         now = standing.state, context()
         site = self._sites.get(now) or self._look(module, now)
-        if standing.state != self._latest:
-            self._superseded(module, standing.state)
+        if standing.state != self._succession.latest:
+            self._enter(module, standing.state)
         output = hit(self.memo, site, args, kwargs, given, grad)
         if type(output) is not Missed:
             return output
@@ -191,19 +192,14 @@ class Attached:
         return site
 
     def _forget_states(self) -> None:
-        """A module that is trained while it is used in between has a state a step: not all are remembered."""
+        """Not all states of a module that keeps changing are remembered."""
         self._sites.clear()
-        self._naming.forget(set(self.memo.store.namespaces()))
+        self._naming.forget(self.memo.held())
 
-    def _superseded(self, module: nn.Module, state: int) -> None:
-        """The rows of the state before are the first to go when room is needed."""
-        retire = getattr(self.memo.store, "retire", None)
-        before, self._latest = self._latest, state
-        if before is not None and any(tensor.requires_grad for tensor in module.parameters()):
-            self.memo.keep_in_memory()  # it is being trained: each step would leave its rows on the disk
-        if retire is not None and before is not None:
-            for namespace in self._naming.names_of(before):
-                retire(namespace)
+    def _enter(self, module: nn.Module, state: int) -> None:
+        """The module is in another state than at the call before."""
+        for gone in self._succession.enter(self.memo, module, state):
+            self._sites = {now: site for now, site in self._sites.items() if now[0] != gone}
 
     # --- what the handle asks
 
@@ -217,18 +213,21 @@ class Attached:
 
         return self._naming.name_by_content(module, now, rename)
 
-    # --- what the handle asks
+    def name(self, module: nn.Module) -> str:
+        """The namespace of the module as it is now, which may be a number of this process: nothing large is digested.
 
-    def asked(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[str, Arguments, Given | None]:
-        """Namespace, arguments and given keys of a call that is asked about, not made."""
+        It must be in a state in which a call could be served.
+        """
+        return self._naming.name(module, (self.identity.check(module, False).state, context()))
+
+    def asked(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Arguments, Given | None]:
+        """Arguments and given keys of a call that is asked about, not made."""
         keys = kwargs.pop("cache_keys", None)
         around = given_keys()
         given = Given(keys) if keys is not None else None
         if given is None and around is not None:
             given = Given(around.keys, 0, "keys_for(...)")
-        return self.namespace(module), self._bind(type(module))(args, kwargs), given
+        return self._bind(type(module))(args, kwargs), given
 
     def parts(self, module: nn.Module) -> Mapping[str, Mapping[str, bytes]]:
         """For each namespace so far, its named parts: those of the module's state, and the context's."""
@@ -275,7 +274,8 @@ class Attached:
 
     def clear(self, module: nn.Module) -> int:
         """Drop the rows of the namespace that the module has, and of all that it had."""
-        names = dict.fromkeys([self.namespace(module), *self._naming.names()])
+        usable = self.identity.check(module, False).state != UNDETERMINED
+        names = dict.fromkeys([self.name(module) if usable else self.namespace(module), *self._naming.names()])
         return sum(self.memo.store.delete(name) for name in names)
 
     def close(self) -> None:

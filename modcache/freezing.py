@@ -18,13 +18,17 @@ class Before:
 
 
 def freeze_module(module: nn.Module) -> Before:
-    """Switch off its gradients, put it into eval mode, and say what was."""
+    """Switch off its gradients, put it into eval mode, and say what was.
+
+    Gradients of before are dropped: with one, momentum and weight decay would go on moving what is frozen.
+    """
     before = Before(
         tuple((name, child.training) for name, child in module.named_modules(remove_duplicate=False)),
         tuple((name, value.requires_grad) for name, value in module.named_parameters(remove_duplicate=False)),
     )
     for parameter in module.parameters():
         parameter.requires_grad = False  # a lazy parameter has no `requires_grad_`
+        parameter.grad = None
     module.eval()
     return before
 

@@ -90,8 +90,8 @@ class Cache:
         """
         try:
             self._attached.refuse(self._module, torch.is_grad_enabled())
-            namespace, arguments, given = self._attached.asked(self._module, args, kwargs)
-            return contained(self._attached.memo, namespace, arguments, given)
+            arguments, given = self._attached.asked(self._module, args, kwargs)
+            return contained(self._attached.memo, self._attached.name(self._module), arguments, given)
         except Bypass:
             return [False] * row_count(self._attached.memo.options, args, kwargs)
 
@@ -100,7 +100,8 @@ class Cache:
         memo = self._attached.memo
         try:
             self._attached.refuse(self._module, torch.is_grad_enabled())
-            namespace, arguments, given = self._attached.asked(self._module, args, kwargs)
+            namespace = self._attached.namespace(self._module)
+            arguments, given = self._attached.asked(self._module, args, kwargs)
             return explained(memo, namespace, arguments, given, self._attached.parts(self._module))
         except Bypass as reason:
             why = f"the call is bypassed ({reason.reason}): {reason.advice or 'it is run as if uncached'}"
@@ -116,7 +117,7 @@ class Cache:
         Returns:
             The number of records dropped; a row may have one in each state and context of the module.
         """
-        _, arguments, given = self._attached.asked(self._module, args, kwargs)
+        arguments, given = self._attached.asked(self._module, args, kwargs)
         try:
             _, keyed = keys_of(self._attached.memo, arguments, given)
         except Bypass:

@@ -89,6 +89,11 @@ def _rename(known: dict[tuple[str, Form], Known], old: str, new: str) -> None:
         known[new, key[1]] = known.pop(key)
 
 
+def _forget(known: dict[tuple[str, Form], Any], namespace: str) -> None:
+    for key in [key for key in known if key[0] == namespace]:
+        known.pop(key, None)
+
+
 def _passing(store: Store) -> Store | None:
     """The part of a store that ends with the process."""
     if isinstance(store, TieredStore):
@@ -254,9 +259,33 @@ class Memo:
         if self.word.lasts:
             self._guarded("describing", lambda: self.word.introduce(facts))
 
-    def keep_in_memory(self) -> None:
-        """From now on no row is written to where it would outlast the process."""
-        self._fleeting = True
+    def retire(self, namespace: str) -> None:
+        """The rows of a namespace are the first to go when room is needed, where the store can do that."""
+        retire = getattr(self.store, "retire", None)
+        if retire is not None:
+            self._guarded("retiring", lambda: retire(namespace))
+
+    def held(self) -> frozenset[str]:
+        """The namespaces that have rows in the store; none if it fails."""
+        return frozenset(self._guarded("listing", self.store.namespaces) or ())
+
+    def drop_from_memory(self, namespace: str) -> None:
+        """Nobody will ask for this namespace again: its rows leave the part of the store that ends with the process."""
+        store = _passing(self.store)
+        if store is not None:
+            self._guarded("deleting", lambda: store.delete(namespace))
+        with self._lock:
+            for known in (self._findings.untested, self._findings.passed, self._unchecked):
+                _forget(known, namespace)
+
+    def keep_in_memory(self, only: bool) -> None:
+        """Whether rows are, from now on, written nowhere where they would outlast the process."""
+        self._fleeting = only
+
+    @property
+    def hits(self) -> int:
+        """How many rows were served so far."""
+        return self._counters.hits
 
     def leave_store(self) -> None:
         """Keep nothing of the store, so that it can be given back."""

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from .errors import UsageError, UsageTypeError
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["MODES", "GivenKeys", "current_mode", "given_keys", "keys_for", "mode", "without_given_keys"]
+
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
 
 MODES = ("read-write", "read-only", "refresh", "require-hit", "off")
 
@@ -37,10 +40,12 @@ current_mode: Callable[[], str] = functools.partial(_now.__getitem__, "mode")
 
 
 class mode(contextlib.AbstractContextManager["mode"]):  # noqa: N801 - used like a function, as `torch.no_grad` is
-    """Switch what all cached modules of this process do, at once; as a context manager, until its end.
+    """Switch what all cached modules of this process do, at once; as a context manager or a decorator, for a while.
 
     >>> with mode("off"):
     ...     pass  # modules run as if they were not cached
+    >>> @mode("require-hit")
+    ... def evaluate(): ...  # nothing is computed within it
 
     Args:
         name: ``"read-write"`` (the default) serves stored rows and stores computed ones;
@@ -57,6 +62,17 @@ class mode(contextlib.AbstractContextManager["mode"]):  # noqa: N801 - used like
         self._name = _checked(name, "mode(...)")
         self._before = current_mode()
         _now["mode"] = self._name
+
+    def __call__(self, function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
+        """The function, in this mode while it runs."""
+        _now["mode"] = self._before  # not from now on
+
+        @functools.wraps(function)
+        def within(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+            with mode(self._name):
+                return function(*args, **kwargs)
+
+        return within
 
     def __enter__(self) -> Self:
         _now["mode"] = self._name

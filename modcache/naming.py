@@ -96,6 +96,13 @@ class Naming:
         """The namespaces that a state had, one for each context."""
         return [name for (known, _), name in tuple(self._names.items()) if known == state]
 
+    def forget_state(self, state: int) -> list[str]:
+        """Forget a state that is not expected to come back; the namespaces that it had."""
+        with self._lock:
+            self._fingerprints.pop(state, None)
+            gone = [now for now in self._names if now[0] == state]
+            return [self._names.pop(now) for now in gone]
+
     def parts(self) -> Mapping[str, Mapping[str, bytes]]:
         """For each namespace so far, its named parts: those of the module's state, and the context's."""
         found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 import re
@@ -60,12 +61,18 @@ def requested_of(
     version: Any = None,
     freeze: Any = False,
     verify: Any = 0.0,
+    **unknown: Any,
 ) -> Requested:
     """The options, checked.
 
     Raises:
         UsageError, UsageTypeError: naming the option, what it takes, and what was found.
     """
+    if unknown:
+        name, known = next(iter(unknown)), list(CacheOptions.__annotations__)
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}? It takes" if near else "it takes"
+        raise UsageTypeError(f"cached_module(...) has no option {name!r}; {hint} {', '.join(known)}")
     extractor_of(key)
     store = asked_store(store)
     if prepare is not None and not callable(prepare):

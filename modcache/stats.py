@@ -155,6 +155,11 @@ class Counters:
                 self._bypassed += bypassed
                 self._reasons[reason] += bypassed
 
+    @property
+    def hits(self) -> int:
+        """Rows that were served so far."""
+        return self._hits
+
     def snapshot(self, held: int) -> Stats:
         """What was counted so far, with the bytes that the store holds."""
         with self._lock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
@@ -29,19 +29,7 @@ def cached_module(module: M, /, **options: Unpack[CacheOptions]) -> M: ...
 def cached_module(module: type[M], /, **options: Unpack[CacheOptions]) -> type[M]: ...
 @overload
 def cached_module(module: None = None, /, **options: Unpack[CacheOptions]) -> Callable[[type[M]], type[M]]: ...
-def cached_module(
-    module: Any = None,
-    /,
-    *,
-    key: Any = None,
-    store: Any = None,
-    prepare: Callable[..., Any] | None = None,
-    broadcast: str | Iterable[str] = (),
-    per_row: bool = True,
-    version: str | None = None,
-    freeze: bool = False,
-    verify: float = 0.0,
-) -> Any:
+def cached_module(module: Any = None, /, **options: Any) -> Any:
     """Run a frozen module once per distinct row: the same module, whose forward serves rows that it computed before.
 
     >>> import torch
@@ -86,27 +74,10 @@ def cached_module(
         UsageError: an option that cannot be right, or a wrapped module wrapped again with other options (a
             ``ValueError``).
     """
-    given = {
-        "key": key,
-        "store": store,
-        "prepare": prepare,
-        "broadcast": broadcast,
-        "per_row": per_row,
-        "version": version,
-        "freeze": freeze,
-        "verify": verify,
-    }
-    asked = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
-    requested = requested_of(**given)
+    requested = requested_of(**options)
     if module is None:
-        return lambda cls: _wrapped(cls, requested, asked)
-    return _wrapped(module, requested, asked)
-
-
-_DEFAULTS: dict[str, Any] = {
-    "key": None, "store": None, "prepare": None, "broadcast": (), "per_row": True, "version": None, "freeze": False,
-    "verify": 0.0,
-}  # fmt: skip
+        return lambda cls: _wrapped(cls, requested, options)
+    return _wrapped(module, requested, options)
 
 
 def _wrapped(module: Any, requested: Requested, asked: dict[str, Any]) -> Any:

@@ -25,6 +25,7 @@ LAYERS = [
     {"compute"},
     {"confirm"},
     {"call", "freezing", "naming"},
+    {"succession"},
     {"attached"},
     {"classes"},
     {"handle"},

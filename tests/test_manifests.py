@@ -180,10 +180,15 @@ def test_weights_that_are_trained_are_not_written():
         cached(BATCH)
         before = store.stats().rows
         next(cached.parameters()).add_(1)
-        fresh = cached(BATCH)
+        with pytest.warns(UserWarning, match="its rows stay in memory"):
+            fresh = cached(BATCH)
         assert torch.equal(cached(BATCH), fresh)
-    assert store.stats().rows == before == 4
-    assert cache_of(cached).stats.hits == 4
+        assert store.stats().rows == before == 4
+        assert cache_of(cached).stats.hits == 4
+        cached.requires_grad_(False)
+        next(cached.parameters()).add_(1)
+        cached(BATCH)
+        assert store.stats().rows == 8, "nothing is trained any more"
 
 
 def test_a_surprise_explains_itself(caplog):

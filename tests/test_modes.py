@@ -196,3 +196,21 @@ def test_keys_are_the_threads():
         raise ZeroDivisionError
     assert seen == [None]
     assert given_keys() is None
+
+
+def test_a_decorator_acts_while_its_function_runs():
+    """``@mode(...)`` leaves the process as it is, and switches for each call, also when it raises."""
+
+    @mode("off")
+    def within(fails=False):
+        """Says the mode."""
+        if fails:
+            raise ValueError("as asked")
+        return current_mode()
+
+    assert current_mode() == "read-write"
+    assert (within(), current_mode()) == ("off", "read-write")
+    with pytest.raises(ValueError, match="as asked"):
+        within(fails=True)
+    assert current_mode() == "read-write"
+    assert within.__doc__ == "Says the mode."

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -57,6 +58,102 @@ def test_recheck_finds_a_sparse_write_at_once():
     assert cache_of(layer).recheck() is True
     assert not torch.equal(layer(batch)[:, 5], before[:, 5])
     assert cache_of(layer).recheck() is False
+
+
+@pytest.mark.parametrize("option", [{"freeze": False}, {"key": None}, {"store": None}, {"verify": 0.0}])
+def test_wrapping_again_with_a_default_is_asking_for_it(option):
+    """An option that is given counts, whatever it is; the same ones again, or none, change nothing."""
+    first = {"freeze": True, "key": "tensor", "store": MemoryStore(1 << 20), "verify": 0.5}
+    layer = cached_module(nn.Linear(3, 2), **first)
+    assert cached_module(layer, **first) is cached_module(layer) is layer
+    with pytest.raises(UsageError, match="cached already"):
+        cached_module(layer, **option)
+
+
+def test_an_option_that_there_is_not():
+    """The error names the nearest one."""
+    with pytest.raises(UsageTypeError, match="has no option"):
+        cached_module(nn.Linear(3, 2), per_rows=False)
+
+
+def test_freezing_drops_gradients():
+    """Momentum would go on moving frozen weights that have a gradient left: then nothing would ever be served."""
+    layer = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
+    layer(BATCH).sum().backward()
+    optimizer.step()
+    cached_module(layer, freeze=True)
+    for _ in range(4):
+        layer(BATCH)
+        optimizer.step()
+    assert cache_of(layer).stats.hits == 3 * len(BATCH)
+
+
+def test_frozen_weights_that_keep_changing_are_told_of():
+    """Nothing is ever served, so somebody should know."""
+    layer = cached_module(nn.Linear(4, 3), freeze=True)
+    with pytest.warns(CacheWarning, match="other ones at 5 calls in a row"), torch.no_grad():
+        for _ in range(6):
+            layer(BATCH)
+            layer.weight.add_(0.1)
+    assert len(layer._modcache._naming._names) < 10
+
+
+def test_states_that_come_back_are_served_although_something_is_trainable():
+    """Weights that are swapped in and out between steps, as averages are, keep their rows."""
+    with pytest.warns(CacheWarning, match="trainable"):
+        layer = cached_module(nn.Linear(4, 3).eval())
+    own, average = layer.weight.detach().clone(), layer.weight.detach() * 2
+    with torch.no_grad():
+        for weights in (own, average, own, average):
+            layer.weight.copy_(weights)
+            layer(BATCH)
+    assert cache_of(layer).stats.hits == 2 * len(BATCH)
+
+
+def test_rows_of_weights_that_were_trained_leave_memory():
+    """A step leaves rows for eight more steps, not for good."""
+    with pytest.warns(CacheWarning, match="trainable"):
+        layer = cached_module(nn.Linear(4, 3).eval())
+    with torch.no_grad():
+        for _ in range(40):
+            layer(BATCH)
+            layer.weight.add_(0.1)
+    assert len(cache_of(layer).store.namespaces()) <= 9
+    assert len(layer._modcache._sites) <= 9
+
+
+@pytest.mark.parametrize("ability", ["retire", "namespaces"])
+def test_a_store_that_fails_at_a_change_of_weights(ability):
+    """Whatever a store raises, the loop goes on, and one warning says so."""
+
+    class Failing(MemoryStore):
+        pass
+
+    def fail(*_):
+        raise OSError("gone")
+
+    store = Failing(1 << 20)
+    layer = cached_module(nn.Linear(4, 3), freeze=True, store=store)
+    setattr(store, ability, fail)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        for _ in range(70):
+            layer(BATCH)
+            layer(BATCH)
+            layer.weight.add_(0.1)
+    assert sum("its store raised OSError" in str(warning.message) for warning in caught) == 1
+
+
+def test_contains_digests_nothing_large(monkeypatch):
+    """Whether rows are there can be told by the number that stands for large weights."""
+    monkeypatch.setattr("modcache.attached._LARGE", 8)
+    layer = cached_module(frozen_linear())
+    layer(BATCH)
+    monkeypatch.setattr("modcache.fingerprint.identity.Identity.fingerprint", None)
+    assert all(cache_of(layer).contains(BATCH))
+    assert cache_of(layer).forget(BATCH[:1]) == 1
+    assert cache_of(layer).clear() == len(BATCH) - 1
 
 
 def test_undigested_weights_are_digested_when_the_namespace_is_asked_for(monkeypatch):

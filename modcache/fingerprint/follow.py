@@ -223,7 +223,7 @@ class Reader(ValueReader):
         names = frame(b"classes", encode([class_name(base) for base in cls.__mro__]))
         patched = [base for base in cls.__mro__ if of_library(base.__module__) and _forward_is_foreign(base)]
         for base in cls.__mro__:
-            for name in _functions_of_layer(base):
+            for name in _functions_of_layer(base) if base.__module__.startswith("torch.nn.") else ():
                 self.seen.refer(FUNCTIONAL, name, FUNCTIONAL.get(name))
         return names + b"".join(self.value(vars(base)["forward"], f"{class_name(base)}.forward") for base in patched)
 
@@ -314,8 +314,8 @@ def _places_of_module(name: str, package: object) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=512)
 def _functions_of_layer(cls: type) -> tuple[str, ...]:
-    """The names in `torch.nn.functional` that the methods of a class of torch use."""
-    if cls.__module__.partition(".")[0] != "torch" or cls is nn.Module:
+    """The names in `torch.nn.functional` that the methods of a class of torch use; of no other: it is held for good."""
+    if cls is nn.Module:
         return ()
     methods = [value for value in vars(cls).values() if isinstance(value, types.FunctionType)]
     used = {name for method in methods for name in names_in(method.__code__).used}

@@ -29,6 +29,7 @@ _SMALL_BUFFER = 1 << 16  # DDP sends its buffers again at each step: these are c
 _SAME_IN_A_ROW = 3
 _MOVES_IN_A_ROW = 8
 _CALM_AFTER = 2
+_KNOWN_STATES = 1 << 12  # whose number is known when they come back
 _STATES = 64  # whose fingerprints, part by part, are remembered
 
 
@@ -88,6 +89,7 @@ class Identity:
         self._weights = Weights()
         self._strangers = Strangers()
         self._states: dict[tuple[bytes, object], int] = {}
+        self._numbers = itertools.count()
         self._at: tuple[bytes, object] | None = None  # structure and weights of the last state
         self._epochs = itertools.count()
         self._epoch: tuple[object, int] | None = None
@@ -230,7 +232,14 @@ class Identity:
         return self._number()
 
     def _number(self) -> int:
-        return UNDETERMINED if self._at is None else self._states.setdefault(self._at, len(self._states))
+        if self._at is None:
+            return UNDETERMINED
+        known = self._states.get(self._at)
+        if known is None:
+            if len(self._states) >= _KNOWN_STATES:
+                self._states.pop(next(iter(self._states)))
+            known = self._states[self._at] = next(self._numbers)
+        return known
 
     def _eager(self, watch: Watch) -> bool:
         return self._asked or sum(leaf.nbytes for leaf in watch.leaves) <= self._eager_bytes
@@ -352,5 +361,5 @@ class Identity:
     def drop(self) -> None:
         """Let go of all memory of the module at once; the next check looks anew."""
         with self._locked():
-            self._look = None
+            self._look = self._epoch = None
             self._weights.forget()
