@@ -83,10 +83,13 @@ def split(bound: Bound, broadcast: frozenset[str], is_row: IsRow) -> Batch:
     """
     leaves: list[tuple[Column, int | None]] = []
     containers: list[tuple[str, str, int]] = []
-    for name, value in bound:
-        for column in _leaves(value, name, name, containers, is_row):
-            named = name in broadcast or column.path in broadcast
-            leaves.append((column, None if named else _length(column.value)))
+    try:
+        for name, value in bound:
+            for column in _leaves(value, name, name, containers, is_row):
+                named = name in broadcast or column.path in broadcast
+                leaves.append((column, None if named else _length(column.value)))
+    except RecursionError:
+        raise NoRowsError("an argument is nested too deep, or contains itself") from None
     size = next((length for _, length in leaves if length is not None), None)
     if size is None:
         leaves, size = _single_row(leaves, broadcast, is_row), 1
@@ -274,16 +277,24 @@ def length_of(row: object) -> int:
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """All tensors of an argument, however deep in lists, tuples, mappings and dataclasses."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        if set(map(type, value)) != {str}:
-            for item in value:
-                yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name))
+    """All tensors of an argument, however deep in lists, tuples, mappings and dataclasses; each of these once."""
+    waiting = [value]
+    seen: dict[int, object] = {}  # held, so that an id stays theirs
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif id(item) not in seen and (inside := _parts(item)):
+            seen[id(item)] = item
+            waiting.extend(reversed(inside))
+
+
+def _parts(value: object) -> list[object]:
+    """What a structure holds; nothing for texts and for anything else."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple):
+        return [] if set(map(type, value)) == {str} else list(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return []

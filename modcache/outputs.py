@@ -97,6 +97,10 @@ def _part(value: object, path: str, count: int | None, home: torch.device, found
     raise NotRowsError(f"{path} is a {cls.__module__}.{cls.__qualname__}, which cannot be stored")
 
 
+def _is_of_torch(cls: type) -> bool:
+    return issubclass(cls, tuple) and cls.__module__ == "torch.return_types"
+
+
 def _nothing_beside(value: object, names: Sequence[str], path: str) -> None:
     """Refuse an object on which more was set than its fields: a hit would come back without that."""
     for name in getattr(value, "__dict__", ()):
@@ -155,9 +159,11 @@ def _mapping_kind(cls: type) -> str | None:
 
 
 def _field_names(cls: type) -> tuple[str, ...] | None:
-    """The fields of a namedtuple or a dataclass."""
+    """The fields of a namedtuple, of what torch returns of ``max`` or ``sort``, or of a dataclass."""
     if issubclass(cls, tuple) and (fields := getattr(cls, "_fields", None)) is not None:
         return tuple(fields)
+    if _is_of_torch(cls):
+        return tuple(getattr(cls, "__match_args__", ()))
     if dataclasses.is_dataclass(cls):
         return tuple(field.name for field in dataclasses.fields(cls))
     return None
@@ -296,7 +302,7 @@ def _call(cls: type, fields: dict[str, object]) -> object:
 
 
 def _fill_tuple(cls: type, fields: dict[str, object]) -> object:
-    return tuple.__new__(cls, fields.values())
+    return cls(fields.values()) if _is_of_torch(cls) else tuple.__new__(cls, fields.values())
 
 
 def _fill(cls: type, fields: dict[str, object]) -> object:
@@ -321,7 +327,7 @@ def _class(kind: str, module: str, qualname: str) -> type:
 
 def _is_kind(cls: type, kind: str) -> bool:
     if kind == "named":
-        return issubclass(cls, tuple) and hasattr(cls, "_fields")
+        return _is_of_torch(cls) or (issubclass(cls, tuple) and hasattr(cls, "_fields"))
     if kind == "data":
         return dataclasses.is_dataclass(cls)
     return _mapping_kind(cls) == kind

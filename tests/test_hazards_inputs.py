@@ -1385,3 +1385,15 @@ def test_padding_note_for_default_keys():
         for width in (5, 6, 7):
             agree(cached, plain, times=1, **padded(ROWS, width=width))
     assert len(seen) == 1
+
+
+def test_arguments_that_contain_themselves():
+    """What has no end has no rows either; the module is run on it."""
+    table = {"x": X}
+    table["table"] = table
+    rows = [X[0]]
+    rows.append(rows)
+    for argument, function in ((table, lambda table: table["x"] * 2), (rows, lambda rows: rows[0] * 2)):
+        module = cached_module(Apply(function).eval())
+        with pytest.warns(CacheWarning, match="contains itself"):
+            assert_same(module(argument), function(argument))

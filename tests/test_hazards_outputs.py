@@ -67,6 +67,8 @@ TREES = {
     "int keys": lambda x: {0: x, 1: x * 2, True: x, None: x},  # noqa: F601
     "ordered": lambda x: collections.OrderedDict(a=x, b=x),
     "namedtuple": lambda x: Out(x, x * 2),
+    "maximum": lambda x: x.max(1),
+    "sorted": lambda x: {"a": torch.sort(x, 1)},
     "nested namedtuple": lambda x: Out(x, Out(x, None)),
     "dataclass": lambda x: Data(x, x * 2),
     "frozen dataclass": FrozenData,

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -55,6 +56,23 @@ def test_warning_without_a_user():
         check=True,
     )
     assert "<string>:1: CacheWarning: hello" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["/venv/lib/python3.11/site-packages/big/model.py", threading.__file__])
+def test_installed_code_is_not_the_users(name):
+    """A module inside of an installed model is found out at the line that called the model."""
+    scope = {"warn": warn}
+    exec(compile("def use():\n    warn('hello')\n", name, "exec"), scope)
+    assert line_of(scope["use"]) == (Path(__file__), line_of.__code__.co_firstlineno + 4)
+
+
+def test_a_thread_of_installed_code_alone():
+    """Where no line of the stack is the user's, the innermost one outside of modcache and torch is named."""
+    thread = threading.Thread(target=warn, args=("hello",))
+    with pytest.warns(CacheWarning, match="hello") as caught:
+        thread.start()
+        thread.join()
+    assert caught[0].filename == threading.__file__
 
 
 @pytest.mark.parametrize("rank", ["1", "7"])
