@@ -29,6 +29,7 @@ from .running import Host
 from .selfcheck import tolerance_of
 from .stores import MemoryStore, Store
 from .succession import Succession
+from .undisturbed import undisturbed
 
 __all__ = ["Attached"]
 
@@ -121,7 +122,8 @@ class Attached:
         if type(output) is not Missed:
             return output
         settle = partial(self.identity.settle, module)
-        host = Host(self._run(module, original), self._bind(original), settle, grad, self.identity.turn)
+        kept = partial(undisturbed, module)
+        host = Host(self._run(module, original), self._bind(original), settle, grad, self.identity.turn, kept)
         return call(self.memo, site, host, args, kwargs, given, output)
 
     def moved(self) -> None:

@@ -975,3 +975,27 @@ def test_version_is_added():
     agree(cached, plain, X)
     by_data_dense(cached), by_data_dense(plain)
     agree(cached, plain, X)
+
+
+VIEWS = {
+    "transposed": lambda data: data.t(),
+    "fewer rows": lambda data: data[:2],
+    "stretched": lambda data: data[:1].expand(4, 4),
+    "strided": lambda data: data.as_strided((4, 4), (0, 1)),
+    "negated": torch._neg_view,
+}
+
+
+@pytest.mark.parametrize("layers", [1, 80])
+@pytest.mark.parametrize("how", VIEWS)
+def test_another_view_of_the_same_memory(how, layers):
+    """``p.data = p.data.t()`` moves neither pointer nor counter nor value; of many tensors it is noticed in turn."""
+    module, plain = pair(nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(layers))))
+    agree(module, plain, X[:, :4])
+    for own in (module, plain):
+        own[-1].weight.data = VIEWS[how](own[-1].weight.data)
+    if layers > 64:
+        with Quiet():
+            for _ in range(8):
+                module(X[:, :4])
+    agree(module, plain, X[:, :4])

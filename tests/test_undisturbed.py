@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from modcache import CacheWarning, cached_module
 from modcache.undisturbed import undisturbed
 
 
@@ -92,3 +93,54 @@ def test_what_was_not_changed_is_not_written():
         module.count += 1
     assert module.seen == [1]
     assert module.calls._version == version
+
+
+class Counting(nn.Module):
+    """Multiplies by the number of the call."""
+
+    def __init__(self):
+        super().__init__()
+        self.step = 0
+
+    def forward(self, x):
+        self.step += 1
+        return x * self.step
+
+
+class Remembering(nn.Module):
+    """Adds what it saw in all calls before."""
+
+    def __init__(self):
+        super().__init__()
+        self.history = []
+
+    def forward(self, x):
+        self.history.append(float(x.sum()))
+        return x + sum(self.history)
+
+
+class Recurring(nn.Module):
+    """Goes on from the state that it was left in."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(3, 3)
+        self.state = torch.zeros(1, 3)
+
+    def forward(self, x):
+        self.state = self.cell(x, self.state.expand(len(x), -1)).mean(0, keepdim=True)
+        return self.state.expand(len(x), -1).clone()
+
+
+@pytest.mark.parametrize("kind", [Counting, Remembering, Recurring])
+def test_a_module_with_a_state_goes_on_as_if_it_had_not_been_checked(kind):
+    """It is found out and bypassed; each of its outputs is that of the same call of a plain one."""
+    torch.manual_seed(0)
+    plain, module = (kind().requires_grad_(False).eval() for _ in range(2))
+    module.load_state_dict(plain.state_dict())
+    cached_module(module)
+    with pytest.warns(CacheWarning, match="run again on a few rows"):
+        for _ in range(4):
+            batch = torch.randn(4, 3)
+            torch.testing.assert_close(module(batch), plain(batch))
+            torch.testing.assert_close(module(batch), plain(batch))

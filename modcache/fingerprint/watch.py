@@ -39,6 +39,7 @@ _inside = operator.itemgetter(*_INSIDE)
 _PARTS = 16
 _MOST_PARTS = 64
 _PART = 1 << 12  # values that a check looks at in turn, if there are so many that they need more parts
+_FORMS_AT_ONCE = 64  # tensors whose shape and strides are compared in each check; those of more are, in turn
 LATE_WITHIN = max(_MOST_PARTS, SETS)
 """After how many checks a late move is noticed at the latest, if anything that is looked at shows it."""
 
@@ -311,6 +312,8 @@ class Watch:
         self._versions = list(map(_version, self._counted))
         self._pointers = list(map(_data_ptr, self._pointed))
         self._array_pointers = list(map(_array_pointer, self._arrays))
+        parts = SETS if len(self._pointed) > _FORMS_AT_ONCE else 1
+        self._forms = [(part, _forms_of(part)) for part in (self._pointed[number::parts] for number in range(parts))]
 
     def same_weights(self, turn: int) -> Moved | None:
         """Whether the weights look untouched; pointers come first, the probe must not read freed memory."""
@@ -320,11 +323,18 @@ class Watch:
             or (self._arrays and list(map(_array_pointer, self._arrays)) != self._array_pointers)
         ):
             return Moved.WEIGHTS
+        if not self._same_forms(turn):
+            return Moved.WEIGHTS if len(self._forms) == 1 else Moved.LATE
         if not self._probe.same(turn):
             return Moved.WEIGHTS if self._probe.just_moved(turn) else Moved.LATE
         if self._device_probes and any(p.differs() for p in self._device_probes):
             return Moved.LATE
         return None
+
+    def _same_forms(self, turn: int) -> bool:
+        """Whether the tensors lie in their memory as they did: another view in ``.data`` moves nothing else."""
+        tensors, forms = self._forms[turn % len(self._forms)]
+        return _forms_of(tensors) == forms
 
     def stamp(self, at: int) -> tuple[object, ...]:
         """What would show that a leaf moved: its counter, its address and all that the probe sees of it."""
@@ -332,7 +342,8 @@ class Watch:
         if not isinstance(leaf, torch.Tensor):
             return (_array_pointer(leaf), *self._seen(at))
         version = None if leaf.is_inference() else leaf._version
-        return (version, leaf.data_ptr(), leaf.dtype, tuple(leaf.shape), leaf.stride(), *self._seen(at))
+        form = tuple(leaf.shape), leaf.stride(), leaf.is_neg(), leaf.is_conj()
+        return (version, leaf.data_ptr(), leaf.dtype, *form, *self._seen(at))
 
     def _seen(self, at: int) -> tuple[bytes, ...]:
         return self._probe.pieces(self._on_host[at]) if at in self._on_host else ()
@@ -351,6 +362,10 @@ class Watch:
             return self.same_weights(turn) or (None if self.same_in_turn(turn) else Moved.LATE)
         except Exception:  # a name is gone, a tensor met its replacement, a storage was freed
             return Moved.STRUCTURE
+
+
+def _forms_of(tensors: list[torch.Tensor]) -> list[object]:
+    return [*map(torch.Tensor.size, tensors), *map(torch.Tensor.stride, tensors), *map(torch.Tensor.is_neg, tensors)]
 
 
 def _single(tensor: torch.Tensor) -> bool:
