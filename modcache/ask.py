@@ -10,12 +10,11 @@ import torch
 
 from .arguments import Arguments
 from .batch import Batch, NoRowsError, split, tensors_in
-from .digest import digest, encode, frame
 from .explain import Explanation
 from .hit import Site
-from .keys import Given, Keyed, given_keyed
+from .keys import Given, Keyed, given_keyed, whole_keyed
 from .keys.parts import shared_digests
-from .keys.registry import encode_registered, is_row
+from .keys.registry import is_row
 from .memo import Bypass, Memo, Options
 from .recipe import Form, form_of
 from .tensors import NoContentError
@@ -80,7 +79,7 @@ def keyed_of(memo: Memo, batch: Batch, arguments: Arguments, given: Given | None
         if given is not None:
             return given_keyed(given, batch)
         if not memo.options.per_row:
-            return _whole_keyed(batch)
+            return whole_keyed(extractor, arguments.bound())
         if not extractor.reads(batch):
             memo.say(
                 "nothing to read",
@@ -97,11 +96,6 @@ def _no_key(error: NoContentError) -> Bypass:
         "no key",
         f"{error}; it runs uncached. Give that type a key with register_key_extractor, or pass cache_keys=.",
     )
-
-
-def _whole_keyed(batch: Batch) -> Keyed:
-    content = b"".join(encode(name) + encode(value, encode_registered) for name, value in batch.shared)
-    return Keyed([digest(frame(b"call", content))], 0, (("call",),), ())
 
 
 def home_of(site: Site, batch: Batch) -> torch.device:

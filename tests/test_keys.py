@@ -327,6 +327,24 @@ def test_custom_keys_of_several_arguments():
     assert keys_of(key, a=["z", "z"], b=[3, 4], s=3) != first
 
 
+def test_custom_keys_of_whole_calls():
+    """With per_row=False a key function gets the only argument, or a mapping of name to argument."""
+    seen = []
+
+    def by_sum(value):
+        seen.append(value)
+        return float(value["x"].sum() if isinstance(value, dict) else value.sum())
+
+    cached = cached_module(Scaled(), freeze=True, per_row=False, key=by_sum)
+    first = cached(X)
+    assert torch.equal(cached(X.flip(0)), first)
+    assert torch.equal(cached(X, 2), first)
+    assert not torch.equal(cached(X + 1), first)
+    assert seen[0] is X
+    assert list(seen[2]) == ["x", "scale"]
+    assert cache_of(cached).stats.hits == 2
+
+
 WRONG_ANSWERS = {
     "a tensor": (lambda row: row, "returned a torch.Tensor; a key is a bool, int"),
     "an array": (lambda row: row.numpy(), "returned a numpy.ndarray"),

@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -249,4 +250,116 @@ def test_a_directory_as_a_shared_argument(tmp_path):
     cached = cached_module(Contents(), freeze=True)
     with pytest.warns(CacheWarning, match="is a directory, which has no content"):
         cached(torch.zeros(2, 1), tmp_path)
+    assert cache_of(cached).stats.reasons == {"no key": 2}
+
+
+class Readings(nn.Module):
+    """The sizes of all files that are named anywhere in a row, and how long the other texts in it are."""
+
+    def forward(self, rows, *others):
+        return torch.tensor([[float(sum(map(size_of, (row, *others))))] for row in listed(rows)])
+
+
+def listed(rows):
+    return [rows] if isinstance(rows, str | bytes | pathlib.Path) else rows
+
+
+def size_of(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple | np.ndarray):
+        return sum(map(size_of, value))
+    if value is None or isinstance(value, int):
+        return 1000
+    return len(pathlib.Path(os.fsdecode(value)).read_bytes()) if os.path.isfile(value) else len(value) * 10_000
+
+
+INSIDE = {
+    "none": lambda file: [file, None],
+    "pair": lambda file: [(file, 1), (file, 2)],
+    "mapping": lambda file: [{"image": file, "caption": "a cat"}, {"image": file, "caption": "a crocodile"}],
+    "deep": lambda file: [{"views": [file, {"other": (file,)}]}],
+    "path": lambda file: [(pathlib.Path(file), "a caption")],
+    "bytes": lambda file: [os.fsencode(file), None],
+    "array": lambda file: np.array([file, file]),
+    "objects": lambda file: np.array([file, None], dtype=object),
+}
+
+
+@pytest.mark.parametrize("check", ["content", "stat"])
+@pytest.mark.parametrize("kind", INSIDE)
+def test_paths_beside_or_inside_of_something_else(kind, check, tmp_path):
+    """A path counts by its file also where not every row is one, or where it is inside of a row."""
+    file = str(tmp_path / "a")
+    plain, cached = Readings(), cached_module(Readings(), freeze=True, key=keys.path(check))
+    for content in (b"one", b"and two", b"and this is three"):
+        pathlib.Path(file).write_bytes(content)
+        for _ in range(2):
+            assert torch.equal(cached(INSIDE[kind](file)), plain(INSIDE[kind](file)))
+    rows = len(INSIDE[kind](file))
+    assert cache_of(cached).stats.hits >= rows * 3
+    assert cache_of(cached).stats.bypassed == 0
+
+
+def test_texts_inside_of_rows_count_by_themselves(tmp_path):
+    """Two rows that name one file and differ in another text are two rows; a text need not be a path at all."""
+    file = str(write(tmp_path / "a", b"x"))
+    rows = [(file, "a caption"), (file, "b caption"), (file, "nul\0"), (file, "x" * 5000), (file, str(tmp_path))]
+    for check in CHECKS:
+        cached = cached_module(Readings(), freeze=True, key=keys.path(check))
+        cached(rows)
+        assert cache_of(cached).stats.computed == len(rows)
+
+
+def test_by_name_no_file_is_looked_at(exploding):
+    """check="name" trusts what is written, also inside of rows."""
+    exploding()
+    cached = cached_module(Fixed(), freeze=True, key=keys.path("name"))
+    cached([("a", "b"), ("a", "c")])
+    cached([("a", "c"), ("a", "b")])
+    assert cache_of(cached).stats.hits == 2
+
+
+class Fixed(nn.Module):
+    """A number for each row."""
+
+    def forward(self, rows):
+        return torch.ones(len(rows), 1)
+
+
+def test_a_bare_path_beside_another_text(tmp_path):
+    """The first bare text is the path; what follows it is an option, which may be the path of another file."""
+    file, other = (str(write(tmp_path / name, b"x")) for name in "ab")
+    plain, cached = Readings(), cached_module(Readings(), freeze=True, key="path")
+    for second in ("rgb", "gray", other, other):
+        assert torch.equal(cached(file, second), plain(file, second))
+    assert cache_of(cached).stats.hits == 1
+    write(pathlib.Path(other), b"longer")
+    assert torch.equal(cached(file, other), plain(file, other))
+    write(pathlib.Path(file), b"longer still")
+    assert torch.equal(cached(file, "rgb"), plain(file, "rgb"))
+    with pytest.raises(FileNotFoundError):
+        cached(str(tmp_path / "missing"), "rgb")
+
+
+def test_whole_calls_by_path(tmp_path):
+    """With per_row=False the files that are named count as they do in rows."""
+    file, other = (str(write(tmp_path / name, b"x")) for name in "ab")
+    plain, cached = Readings(), cached_module(Readings(), freeze=True, key="path", per_row=False)
+    calls = [(file, "rgb"), (file, other), ([file, other],), ([(file, "caption")], other)]
+    for content in (b"one", b"and two"):
+        for written in (file, other):
+            pathlib.Path(written).write_bytes(content + content[: written == other])
+            for args in calls * 2:
+                assert torch.equal(cached(*args), plain(*args))
+    assert cache_of(cached).stats.hits > len(calls) * 4
+    with pytest.raises(FileNotFoundError):
+        cached(str(tmp_path / "missing"), "rgb")
+
+
+def test_directories_in_a_list(tmp_path):
+    """A list of directories has no content, so such a call runs uncached, and says so."""
+    cached = cached_module(Fixed(), freeze=True)
+    with pytest.warns(CacheWarning, match="is a directory, which has no content"):
+        cached([tmp_path, tmp_path])
     assert cache_of(cached).stats.reasons == {"no key": 2}

@@ -12,12 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..batch import Batch, Bound, Column, row
+from ..digest import digest, encode, frame
 from ..errors import UsageError, UsageTypeError
-from .files import CHECKS
+from .files import CHECKS, path_key
 from .given import given_keys, given_metas
-from .parts import Digested, Meta, Part, frame_seed, part_of, paths_part, row_keys
-from .registry import key_from, register_key_extractor
+from .inside import files_key, holds_paths
+from .parts import Digested, Meta, Part, files_part, frame_seed, part_of, paths_part, row_keys
+from .registry import encode_registered, key_from, register_key_extractor
 from .tokens import TokenRows, find_tokens, name_of, token_keys, token_metas
 
 __all__ = ["Extractor", "custom", "path", "register_key_extractor", "tensor", "text", "tokens"]
@@ -77,8 +81,12 @@ class Extractor:
         """The user's function in it, whose code is part of the namespace."""
         return None
 
-    def part(self, column: Column) -> Part | None:
-        """How this extractor reads a column; ``None`` to go by its type."""
+    def part(self, column: Column, batch: Batch) -> Part | None:
+        """How this extractor reads a column of a batch; ``None`` to go by its type."""
+        return None
+
+    def whole(self, bound: Bound) -> bytes | None:
+        """What a call that is one row is keyed by, where the extractor reads it; ``None`` to go by types."""
         return None
 
     def reads(self, batch: Batch) -> bool:
@@ -96,7 +104,7 @@ class Extractor:
             NoContentError: something in the call has no content.
             KeyExtractionError: the user's function gave something that cannot be a key.
         """
-        parts = tuple([self.part(column) or part_of(column) for column in batch.columns])
+        parts = tuple([self.part(column, batch) or part_of(column) for column in batch.columns])
         metas = tuple([part.meta for part in parts])
         seed = frame_seed(metas, batch)
         return Keyed(row_keys(parts, seed), seed, metas, parts)
@@ -140,12 +148,35 @@ class _Path(Extractor):
         return f"path, by {self.check}"
 
     def reads(self, batch: Batch) -> bool:
-        return any(_holds(column, str | bytes | os.PathLike) for column in batch.columns)
+        return any(self.part(column, batch) is not None for column in batch.columns)
 
-    def part(self, column: Column) -> Part | None:
-        if not _holds(column, str | bytes | os.PathLike):
-            return None
-        return paths_part(column, [column.value] if column.single else column.value, self.check)
+    def part(self, column: Column, batch: Batch) -> Part | None:
+        if _holds(column, str | bytes | os.PathLike):
+            rows = [column.value] if column.single else column.value
+            # Of bare texts the first is the path; what follows may be an option, or another path.
+            named = not column.single or isinstance(column.value, os.PathLike) or column is _first_text(batch)
+            return (paths_part if named else files_part)(column, rows, self.check)
+        rows = _listed(column)
+        return files_part(column, rows, self.check) if any(map(holds_paths, rows)) else None
+
+    def whole(self, bound: Bound) -> bytes | None:
+        first = next((name for name, value in bound if isinstance(value, str | bytes)), None)
+        return b"".join(
+            encode(name) + (path_key(value, self.check) if name == first else files_key(value, self.check))  # type: ignore[arg-type]
+            for name, value in bound
+        )
+
+
+def _first_text(batch: Batch) -> Column | None:
+    return next((column for column in batch.columns if isinstance(column.value, str | bytes)), None)
+
+
+def _listed(column: Column) -> list[Any]:
+    """The rows of a column that may hold paths."""
+    value = column.value
+    if isinstance(value, np.ndarray):
+        return value.tolist() if value.dtype.kind in "USO" else []
+    return list(value) if isinstance(value, list | tuple) else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +222,10 @@ class _Custom(Extractor):
     def function(self) -> Callable[[Any], object] | None:
         return self.of_row
 
+    def whole(self, bound: Bound) -> bytes | None:
+        row = bound[0][1] if len(bound) == 1 else dict(bound)
+        return key_from(self.of_row, row, "the key function")
+
     def __call__(self, bound: Bound, batch: Batch) -> Keyed:
         found = [
             key_from(self.of_row, row(bound, batch, place), f"the key function, on row {place},")
@@ -211,6 +246,18 @@ def _holds(column: Column, types: Any) -> bool:
         return isinstance(column.value, types)
     value = column.value
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, types) for item in value)
+
+
+def whole_keyed(extractor: Extractor, bound: Bound) -> Keyed:
+    """The key of a call that is one row.
+
+    Raises:
+        NoContentError: an argument has no content.
+    """
+    content = extractor.whole(bound)
+    if content is None:
+        content = b"".join(encode(name) + encode(value, encode_registered) for name, value in bound)
+    return Keyed([digest(frame(b"call", content))], 0, (("call",),), ())
 
 
 def given_keyed(given: Given, batch: Batch) -> Keyed:

@@ -17,6 +17,7 @@ from ..row_digests import row_digests, tensor_row_digests
 from ..rows import bytes_of
 from ..tensors import NoContentError, is_ordinary, memory_of, settled
 from .files import path_key
+from .inside import files_key
 from .registry import encode_registered, has_extractor
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Meta",
     "Part",
     "Values",
+    "files_part",
     "frame_seed",
     "part_of",
     "paths_part",
@@ -119,7 +121,7 @@ def _listed(column: Column, rows: Sequence[Any]) -> Part:
     if types == {str}:
         return texts_part(column, rows)
     if types and all(issubclass(cls, os.PathLike) and not has_extractor(cls) for cls in types):
-        return paths_part(column, rows, "content")
+        return Digested((column.path, "path", "content", *_holder(column)), rows, _object_bytes)
     return Digested((column.path, "objects", *_holder(column)), rows, _object_bytes)
 
 
@@ -166,6 +168,18 @@ def text_digests(rows: Sequence[str], seed: int) -> list[bytes]:
 def paths_part(column: Column, rows: Sequence[Any], check: str) -> Part:
     """Rows that are paths of files."""
     return Digested((column.path, "path", check, *_holder(column)), rows, functools.partial(path_key, check=check))
+
+
+def files_part(column: Column, rows: Sequence[Any], check: str) -> Part:
+    """Rows that are paths of files, or have such inside."""
+    to_bytes = functools.partial(_path_or_files, check=check, single=column.single)
+    return Digested((column.path, "path", check, *_holder(column)), rows, to_bytes)
+
+
+def _path_or_files(row: Any, check: str, single: bool) -> bytes:
+    """The key of a row: of a path what it names, of anything else also what it is."""
+    named = isinstance(row, os.PathLike) or (isinstance(row, str | bytes) and not single)
+    return path_key(row, check) if named else files_key(row, check)
 
 
 def _array(column: Column) -> Part:
