@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from .batch import tensors_in
-from .keys.padding import token_dims, unpad_rows
+from .batch import Batch, tensors_in
+from .keys.padding import fit_tokens, token_dims, unpad_rows
 from .keys.tokens import TokenRows
 from .manifests import TokenDims
 from .memo import Bypass
 from .outputs import NotRowsError, rows_of
-from .rows import Rows
+from .rows import Layout, Rows
 from .running import Job, Part, Run, apart, fitted, is_out_of_memory, prepared, run_rows
 from .sameness import sameness
 from .selfcheck import difference, lengths_of, preserved_randomness, random_state, rows_to_check, sizes_of
@@ -141,18 +141,17 @@ def _self_check(job: Job, places: list[int], rows: Rows, run: Run, width: int, *
     tokens = job.keyed.tokens
     chosen, other_width = _choice(job, places, rows, width)
     with preserved_randomness():
-        other = _again(job, run, chosen, other_width, wider=other_width > width)
-    if other is None:
-        return None
-    dims: TokenDims = ((),) * len(rows.layout.leaves)
-    if tokens is not None:
-        found = token_dims(rows.layout, width, other.layout, other_width)
+        other = _again(job, run, chosen, fitted(job.batch, tokens, other_width), wider=other_width > width)
+    if other is not None:
+        dims = _dims(job, run, rows.layout, width, other.layout, other_width)
+        _compare(job, run, _comparable(rows, other, places, chosen, dims, tokens))
+    elif tokens is not None and 1 < width < other_width:
+        found = _at_full_length(job, places, rows, run, chosen, tokens, width)
         if found is None:
-            _fail(job, run, "its output does not follow the number of tokens")
+            return None
         dims = found
-    for left, right in _comparable(rows, other, places, chosen, dims, tokens):
-        if (found_difference := difference(left, right, job.site.floor)) is not None:
-            _fail(job, run, found_difference)
+    else:
+        return None
     if draws and not _steady(job, places, rows, run, width, dims):
         return None
     same = sameness(job.batch, places, () if tokens is None else tokens.paths)
@@ -160,14 +159,52 @@ def _self_check(job: Job, places: list[int], rows: Rows, run: Run, width: int, *
     return dims
 
 
-def _again(job: Job, run: Run, chosen: list[int], width: int, *, wider: bool = False) -> Rows | None:
+def _dims(job: Job, run: Run, layout: Layout, width: int, other: Layout, other_width: int) -> TokenDims:
+    """Which dimensions of the rows are tokens, as far as they have any."""
+    if job.keyed.tokens is None:
+        return ((),) * len(layout.leaves)
+    found = token_dims(layout, width, other, other_width)
+    return _fail(job, run, "its output does not follow the number of tokens") if found is None else found
+
+
+def _compare(job: Job, run: Run, pairs: Iterable[tuple[Rows, Rows]], what: str = "") -> None:
+    for left, right in pairs:
+        if (found := difference(left, right, job.site.floor)) is not None:
+            _fail(job, run, f"{what}{found}")
+
+
+def _at_full_length(
+    job: Job, places: list[int], rows: Rows, run: Run, chosen: list[int], tokens: TokenRows, width: int
+) -> TokenDims | None:
+    """The check where a module takes no longer rows than these, none of which is padded; ``None`` if it fails again.
+
+    Rows that are cut by a token have room for padding: they are run without it and with it.
+
+    Raises:
+        Bypass: as `_self_check`.
+    """
+    cut = fit_tokens(job.batch, tokens, width - 1)
+    with preserved_randomness():
+        alone = _again(job, run, chosen, fitted(job.batch, tokens, width))
+        short, padded = (_again(job, run, chosen[:1], at) for at in (cut, fit_tokens(cut, tokens, width)))
+    if alone is None or short is None or padded is None:
+        return None
+    dims = _dims(job, run, padded.layout, width, short.layout, width - 1)
+    _compare(job, run, _comparable(rows, alone, places, chosen, dims, tokens))
+    lengths = tokens.lengths[chosen[:1]] - 1
+    pairs = zip(unpad_rows(short, lengths, dims), unpad_rows(padded, lengths, dims), strict=True)
+    _compare(job, run, [(left, right) for (_, left), (_, right) in pairs])
+    return dims
+
+
+def _again(job: Job, run: Run, chosen: list[int], batch: Batch, *, wider: bool = False) -> Rows | None:
     """What the module gives for some of the rows now; ``None`` if that could not be done.
 
     Raises:
         Bypass: it does not give rows for these rows alone.
     """
     try:
-        ready = _ready_again(job, chosen, width)
+        ready = _ready_again(job, chosen, batch)
     except Exception:  # of prepare: another batch may tell more
         return None
     try:
@@ -176,7 +213,7 @@ def _again(job: Job, run: Run, chosen: list[int], width: int, *, wider: bool = F
         job.host.settle()
     except Exception as error:
         if is_out_of_memory(error) and len(set(chosen)) < len(chosen):
-            return _again(job, run, chosen[:1], width, wider=wider)
+            return _again(job, run, chosen[:1], batch, wider=wider)
         if is_out_of_memory(error) or wider:
             return None
         _fail(job, run, f"on some of the rows of the batch alone it raises {type(error).__name__}: {error}")
@@ -195,15 +232,13 @@ def _steady(job: Job, places: list[int], rows: Rows, run: Run, width: int, dims:
     Raises:
         Bypass: a row came out otherwise.
     """
-    chosen = places[:_DRAWN_ROWS]
+    chosen, tokens = places[:_DRAWN_ROWS], job.keyed.tokens
     with preserved_randomness():
         for _ in range(_DRAWN_AGAIN):
-            other = _again(job, run, chosen, width)
+            other = _again(job, run, chosen, fitted(job.batch, tokens, width))
             if other is None:
                 return False
-            for left, right in _comparable(rows, other, places, chosen, dims, job.keyed.tokens):
-                if (found := difference(left, right, job.site.floor)) is not None:
-                    _fail(job, run, f"it draws random numbers, and {found}")
+            _compare(job, run, _comparable(rows, other, places, chosen, dims, tokens), "it draws random numbers, and ")
     return True
 
 
@@ -223,8 +258,7 @@ def _choice(job: Job, places: list[int], rows: Rows, width: int) -> tuple[list[i
     return rows_to_check(places, sizes) or places, width + 1
 
 
-def _ready_again(job: Job, chosen: list[int], width: int) -> Callable[[], object]:
-    batch = fitted(job.batch, job.keyed.tokens, width)
+def _ready_again(job: Job, chosen: list[int], batch: Batch) -> Callable[[], object]:
     whole = batch is job.batch and not job.memo.options.per_row
     taken = job.arguments if whole else job.arguments.taken(batch, chosen)
     return prepared(job.memo.options, job.host.run, taken.args, taken.kwargs)

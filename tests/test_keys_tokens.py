@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from modcache import MemoryStore, cache_of, cached_module
+from modcache import CacheWarning, MemoryStore, cache_of, cached_module
 from modcache.batch import split
 from modcache.keys import tokens as tokens_extractor
 from modcache.keys.padding import fit_tokens, pad_lent, pad_rows, token_dims, unpad_rows
@@ -468,3 +469,63 @@ def test_reading_is_by_the_whole_name(name, there, inside):
     ids = torch.ones(2, 3, dtype=torch.int64)
     bound = [("batch", {name: ids})] if inside else [(name, ids)]
     assert tokens_extractor().reads(split(bound, frozenset(), is_row)) is there
+
+
+class UpTo(nn.Module):
+    """Vectors of tokens at positions, of which there are so many."""
+
+    def __init__(self, positions, masked=True):
+        super().__init__()
+        self.vectors, self.positions, self.masked = nn.Embedding(50, 3), nn.Embedding(positions, 3), masked
+
+    def forward(self, input_ids, attention_mask):
+        vectors = self.vectors(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
+        used = attention_mask[:, :, None] if self.masked else 1
+        return {"tokens": vectors * used, "text": (vectors * used).sum(1)}
+
+
+def test_rows_as_long_as_a_module_takes():
+    """Documents that are all cut to the longest length have no room for padding; they are cached all the same."""
+    module = cached_module(UpTo(4), key="tokens", freeze=True)
+    full = padded([[1, 2, 3, 4], [5, 6, 7, 8], [9, 1, 2, 3]])
+    mixed = padded([[5, 6, 7, 8], [1, 2]])
+    for batch in (full, full, mixed, mixed):
+        expected = UpTo.forward(module, *batch)
+        found = module(*batch)
+        torch.testing.assert_close(found, expected)
+    assert dict(cache_of(module).stats.reasons) == {}
+    assert cache_of(module).stats.computed == 4
+
+
+def test_rows_as_long_as_a_module_takes_that_depend_on_padding():
+    """A module that ignores its mask is found out by rows that are cut by a token, and padded again."""
+    module = cached_module(UpTo(4, masked=False), key="tokens", freeze=True)
+    with pytest.warns(CacheWarning, match="its padding matters"):
+        module(*padded([[1, 2, 3, 4], [5, 6, 7, 8]]))
+
+
+def test_rows_of_which_nothing_can_be_cut():
+    """One token a row, and no room for a second one: nothing can be told, and nothing is stored."""
+    module = cached_module(UpTo(1), key="tokens", freeze=True)
+    batch = padded([[1], [5]])
+    for _ in range(2):
+        torch.testing.assert_close(module(*batch), UpTo.forward(module, *batch))
+    assert dict(cache_of(module).stats.reasons) == {"undecided": 4}
+
+
+class FourOnly(UpTo):
+    """Takes rows of four tokens alone."""
+
+    def forward(self, input_ids, attention_mask):
+        if input_ids.shape[1] != 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(input_ids, attention_mask)
+
+
+def test_rows_that_cannot_be_cut_either():
+    """Where neither shorter nor longer rows can be run, nothing can be told."""
+    module = cached_module(FourOnly(4), key="tokens", freeze=True)
+    batch = padded([[1, 2, 3, 4], [5, 6, 7, 8]])
+    for _ in range(2):
+        torch.testing.assert_close(module(*batch), UpTo.forward(module, *batch))
+    assert dict(cache_of(module).stats.reasons) == {"undecided": 4}
