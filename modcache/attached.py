@@ -22,6 +22,7 @@ from .manifests import facts_of
 from .memo import Bypass, Memo
 from .modes import given_keys
 from .naming import Context, Naming, State
+from .notices import log
 from .opening import open_store
 from .refusals import refuse_standing, unusual
 from .requested import Requested
@@ -29,6 +30,7 @@ from .running import Host
 from .selfcheck import tolerance_of
 from .stores import MemoryStore, Store
 from .succession import Succession
+from .theirs import is_meant, noting
 from .undisturbed import undisturbed
 
 __all__ = ["Attached"]
@@ -106,25 +108,29 @@ class Attached:
     ) -> Any:
         """What the module's forward gives, from the store where it can."""
         keys = kwargs.pop("cache_keys", None)
-        given = self._given(keys)  # also for a call that is bypassed: it has its number among those in keys_for
         grad = torch.is_grad_enabled()
         try:
+            given = self._given(keys)  # also for a call that is bypassed: it has its number among those in keys_for
             standing = self.refuse(module, grad)
-        except Bypass as reason:
-            return bypass(self.memo, self._run(module, original), args, kwargs, reason)
-        if self.identity.late_moves != self._late_moves:
-            self._drop_spoiled()
-        now = standing.state, context()
-        site = self._sites.get(now) or self._look(module, now)
-        if standing.state != self._succession.latest:
-            self._enter(module, standing.state)
-        output = hit(self.memo, site, args, kwargs, given, grad)
-        if type(output) is not Missed:
-            return output
-        settle = partial(self.identity.settle, module)
-        kept = partial(undisturbed, module)
-        host = Host(self._run(module, original), self._bind(original), settle, grad, self.identity.turn, kept)
-        return call(self.memo, site, host, args, kwargs, given, output)
+            if self.identity.late_moves != self._late_moves:
+                self._drop_spoiled()
+            now = standing.state, context()
+            site = self._sites.get(now) or self._look(module, now)
+            if standing.state != self._succession.latest:
+                self._enter(module, standing.state)
+            output = hit(self.memo, site, args, kwargs, given, grad)
+            if type(output) is not Missed:
+                return output
+            settle, kept = partial(self.identity.settle, module), partial(undisturbed, module)
+            host = Host(self._run(module, original), self._bind(original), settle, grad, self.identity.turn, kept)
+            return call(self.memo, site, host, args, kwargs, given, output)
+        except Bypass as found:
+            reason = found.with_traceback(None)  # it is told of below, where no error of the module's has it as context
+        except Exception as error:
+            if is_meant(error):
+                raise
+            reason = _own_failure(error)
+        return bypass(self.memo, self._run(module, original), args, kwargs, reason)
 
     def moved(self) -> None:
         """The module is being moved, cast or compiled anew: nothing that depends on what it was may be kept."""
@@ -157,7 +163,7 @@ class Attached:
         return self._binder
 
     def _run(self, module: nn.Module, original: type[nn.Module]) -> Callable[..., Any]:
-        return partial(original.forward, module) if self.inside is None else self.inside
+        return noting(partial(original.forward, module) if self.inside is None else self.inside)
 
     def _given(self, keys: object) -> Given | None:
         if keys is not None:
@@ -286,6 +292,16 @@ class Attached:
         self.memo.store.flush()
         if self.requested.store is None or isinstance(self.requested.store, str):
             self.memo.leave_store()  # its own, unless a copy of the module shares it
+
+
+def _own_failure(error: Exception) -> Bypass:
+    """A defect of this package, which must not end somebody's loop: the call is run as if uncached."""
+    log.exception("modcache failed in a call, which runs uncached")
+    return Bypass(
+        "modcache failed",
+        f"it failed in a call with {type(error).__name__}: {error}. Such calls run uncached. That is a defect of "
+        "modcache: please report it with the traceback that is logged under 'modcache'.",
+    )
 
 
 def _restored(

@@ -20,6 +20,7 @@ from .memo import Bypass, Memo, Options
 from .modes import without_given_keys
 from .recipe import Form
 from .rows import Rows
+from .theirs import noting
 
 __all__ = ["Host", "Job", "Part", "Run", "apart", "fitted", "is_out_of_memory", "prepared", "run_rows", "run_uncached"]
 
@@ -92,7 +93,7 @@ def prepared(
     """The run that is left when ``prepare`` is done: what it gave is positional, keywords, or one argument."""
     if options.prepare is None:
         return partial(run, *args, **kwargs)
-    inputs = options.prepare(*args, **kwargs)
+    inputs = noting(options.prepare)(*args, **kwargs)
     if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
         return partial(run, *inputs)
     if isinstance(inputs, Mapping):

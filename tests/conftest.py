@@ -17,7 +17,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from modcache import mode
+from modcache import attached, mode
+from modcache.memo import Bypass
 from modcache.modes import current_mode
 
 settings.register_profile(
@@ -74,6 +75,16 @@ def _warned_anew(request: pytest.FixtureRequest) -> Iterator[None]:
     """A warning that was shown at a line in one test is shown there in the next one, too."""
     yield
     vars(request.module).pop("__warningregistry__", None)
+
+
+@pytest.fixture(autouse=True)
+def _no_net(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be a warning about a defect of ours in a user's loop is an error in a test."""
+
+    def fail(error: Exception) -> Bypass:
+        raise error
+
+    monkeypatch.setattr(attached, "_own_failure", fail)
 
 
 @pytest.fixture(autouse=True)
