@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,14 +92,38 @@ class Memory:
         """One explanation per row of a call."""
         with self._lock:
             calls = tuple(self._calls)
-        known = dict(row for call in calls for row in call.rows())
         asked = _Call(namespace, keyed.metas, shared, keyed.keys, _part_digests(keyed))
+        known = dict(row for call in calls for row in call.rows())
+        near = _Near(asked, calls)
         return [
             Explanation(place, True, "stored in this namespace")
             if found[place]
-            else Explanation(place, False, _why(key, own, known, namespaces))
+            else Explanation(place, False, _why(own, known.get(key), near, namespaces))
             for place, (key, own) in enumerate(asked.rows())
         ]
+
+
+class _Near:
+    """Finds the row that is most like an asked one, among the calls that are most like the asked one.
+
+    One row for each digest of each part is enough to look at: the answer names the parts that differ.
+    """
+
+    def __init__(self, asked: _Call, calls: Sequence[_Call]) -> None:
+        likeness = [_likeness(asked, call) for call in calls]
+        rows = [
+            own for call, like in zip(calls, likeness, strict=True) if like == max(likeness) for _, own in call.rows()
+        ]
+        self.last = rows[-1] if rows else None
+        self._having = {
+            (column, digest): own for own in rows for column, digest in enumerate(own.digests) if digest is not None
+        }
+
+    def nearest(self, own: _Known) -> _Known | None:
+        """That row; ``None`` if nothing was stored."""
+        having = (self._having.get((column, digest)) for column, digest in enumerate(own.digests) if digest is not None)
+        alike = [other for other in having if other is not None]
+        return max(alike, key=lambda other: _agreement(own, other)) if alike else self.last
 
 
 def _taken(column: list[bytes] | None, places: Sequence[int]) -> list[bytes] | None:
@@ -126,16 +151,15 @@ def _plain_digests(part: Part) -> list[bytes] | None:
         return None
 
 
-def _why(key: bytes, own: _Known, known: Mapping[bytes, _Known], namespaces: Mapping[str, Mapping[str, bytes]]) -> str:
-    if not known:
+def _why(own: _Known, twin: _Known | None, near: _Near, namespaces: Mapping[str, Mapping[str, bytes]]) -> str:
+    nearest = near.nearest(own)
+    if nearest is None:
         return "nothing was stored by this module yet"
-    twin = known.get(key)
     if twin is not None and twin.namespace != own.namespace:
         parts = differing_parts(namespaces.get(own.namespace, {}), namespaces.get(twin.namespace, {}))
         return f"its input is known, but under another state or context: {', '.join(parts) or 'not digested'}"
     if twin is not None:
         return "it was stored and is no longer held (evicted, cleared, or refused by a full store)"
-    nearest = max(known.values(), key=lambda other: _agreement(own, other))
     return _differences(own, nearest)
 
 
@@ -145,12 +169,12 @@ def differing_parts(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> lis
     return names if len(names) <= 6 else [*names[:5], f"{len(names) - 5} more"]
 
 
-def _agreement(own: _Known, other: _Known) -> tuple[int, int, int]:
-    return (
-        sum(a == b for a, b in zip(own.metas, other.metas, strict=False)),
-        len(set(own.shared) & set(other.shared)),
-        sum(a is not None and a == b for a, b in zip(own.digests, other.digests, strict=False)),
-    )
+def _likeness(one: _Call, other: _Call) -> tuple[int, int]:
+    return sum(map(operator.eq, one.metas, other.metas)), len(set(one.shared) & set(other.shared))
+
+
+def _agreement(own: _Known, other: _Known) -> int:
+    return sum(a is not None and a == b for a, b in zip(own.digests, other.digests, strict=False))
 
 
 def _differences(own: _Known, other: _Known) -> str:
