@@ -5,7 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modcache.recycling.axes import CoupledError, agree, axis_of, floor_of, from_rows, order_of, slopes_of, to_rows
+from modcache.recycling.axes import (
+    CoupledError,
+    agree,
+    axis_of,
+    floor_of,
+    from_rows,
+    order_of,
+    rows_agree,
+    slopes_of,
+    to_rows,
+)
 
 COUNT = 4
 
@@ -100,6 +110,18 @@ def test_agreement_knows_precision():
     assert not agree(one, one.double())
     assert not agree(torch.tensor([1]), torch.tensor([2]))
     assert agree(torch.empty(0, 3), torch.empty(0, 3))
+
+
+def test_each_row_agrees_by_itself():
+    """A row is measured against itself, however small it is beside others, unless it is nothing but rounding."""
+    rows = torch.ones(3, 4) * torch.tensor([[1.0], [1e-5], [1e-9]])
+    assert rows_agree(rows, rows * (1 + 1e-5))
+    assert not rows_agree(rows, rows + torch.tensor([[0.0], [1e-6], [0.0]]))
+    assert agree(rows, rows + torch.tensor([[0.0], [1e-6], [0.0]]))
+    assert rows_agree(rows, rows + torch.tensor([[0.0], [0.0], [1e-8]]))
+    assert not rows_agree(rows, rows + torch.tensor([[1e-2], [0.0], [0.0]]))
+    assert rows_agree(torch.empty(3, 0), torch.empty(3, 0))
+    assert not rows_agree(torch.tensor([1]), torch.tensor([2]))
 
 
 def test_sizes_grow_evenly_or_not():

@@ -10,7 +10,7 @@ import torch
 from ..arguments import Arguments
 from ..errors import CutError
 from ..selfcheck import preserved_randomness
-from .axes import agree, to_rows
+from .axes import agree, rows_agree, to_rows
 from .branches import Branches
 from .ghosts import Origin
 from .kinds import Asked, owned
@@ -124,7 +124,7 @@ def refuse_coupled(plan: Plan, shadow: Shadow, forward: Callable[..., Any], aske
         for stored, rows, some in zip(
             plan.per_row, whole, captured_rows(plan, shadow, forward, asked, part, at), strict=True
         ):
-            if some.shape[1:] != rows.shape[1:] or not agree(rows[part], some, plan.floor):
+            if some.shape[1:] != rows.shape[1:] or not rows_agree(rows[part], some, plan.floor):
                 raise CutError(
                     f"{plan.at}: on the way to the cut the model decides by values or sizes of the whole batch, and "
                     f"{stored} comes out otherwise for a row among other rows. Cut at an earlier submodule, or make "
@@ -189,7 +189,7 @@ def refuse_other_rows(
     """
     again = captured_rows(plan, shadow, forward, asked, slice(None), Branches())
     for kept, old, new in zip(plan.per_row, stored, again, strict=True):
-        if old.shape != new.shape or not agree(old, new, plan.floor):
+        if old.shape != new.shape or not rows_agree(old, new, plan.floor):
             raise CutError(
                 f"{plan.at}: on the way to the cut the model decides by values, by sizes or by what earlier calls left "
                 f"behind, and {kept} comes out otherwise than it was stored. Cut at an earlier submodule, or make the "

@@ -14,7 +14,7 @@ from ..arguments import Arguments
 from ..errors import CutError
 from ..selfcheck import preserved_randomness
 from .alike import difference
-from .axes import agree, floor_of
+from .axes import floor_of, rows_agree
 from .branches import Branch, Branches
 from .captures import Found, capture, not_reached, rows_of_capture
 from .ghosts import Ghost, Origin, unwrapped
@@ -189,7 +189,7 @@ class _Probe:
         everything = self.asked.arguments.taken(self.asked.batch, range(self.asked.batch.size))
         found = [rows_of_capture(plan, self.captured(given)) for given in (self.taken(self.places), everything)]
         for stored, some, rows in zip(plan.per_row, *found, strict=True):
-            if rows.shape[1:] != some.shape[1:] or not agree(rows[self.places], some, plan.floor):
+            if rows.shape[1:] != some.shape[1:] or not rows_agree(rows[self.places], some, plan.floor):
                 raise CutError(
                     f"{self.at}: {stored} comes out otherwise among {len(rows)} rows than among {len(some)}: rows "
                     "depend on each other, or on how many there are. Cut at an earlier submodule."
