@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .rows import taken_as_whole
+
 __all__ = [
     "Batch",
     "Bound",
@@ -149,7 +151,10 @@ def _items(value: object, is_row: IsRow) -> list[tuple[str, object]] | None:
     if isinstance(value, Mapping):
         if not isinstance(value, MutableMapping) or not all(isinstance(key, str | int) for key in value):
             return None  # some of its rows could not be put into another one
-        return [(f"[{key!r}]", item) for key, item in value.items()]
+        return [
+            *((f"[{key!r}]", item) for key, item in value.items()),
+            *((f".{name}", item) for name, item in _set_on(value).items()),
+        ]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [(f".{name}", getattr(value, name)) for name in _names(value)]
     return None
@@ -158,6 +163,14 @@ def _items(value: object, is_row: IsRow) -> list[tuple[str, object]] | None:
 def items_of(value: object) -> Sequence[tuple[str, object]]:
     """Steps and parts of a structure that `split` walks into; nothing for a leaf."""
     return _items(value, lambda _: False) or ()
+
+
+def _set_on(value: Mapping[Any, object]) -> dict[str, object]:
+    """What was set on a mapping beside its items; what a library keeps for itself there does not count."""
+    fields = getattr(value, "__dict__", {})
+    return {
+        name: item for name, item in fields.items() if not name.startswith("_") and name != "data" and name not in value
+    }
 
 
 def _names(value: Any) -> list[str]:
@@ -186,7 +199,12 @@ def _rebuilt(value: Any, path: str, columns: Mapping[str, Column], places: Seque
         return value
     if isinstance(value, Mapping):
         pairs = {key: _rebuilt(item, f"{path}[{key!r}]", columns, places) for key, item in value.items()}
-        return pairs if type(value) is dict else _like_mapping(value, pairs)
+        if type(value) is dict:
+            return pairs
+        other = _like_mapping(value, pairs)
+        for name, item in _set_on(value).items():
+            vars(other)[name] = _rebuilt(item, f"{path}.{name}", columns, places)
+        return other
     if isinstance(value, tuple):
         if (fields := getattr(type(value), "_fields", None)) is not None:
             parts = (
@@ -220,21 +238,13 @@ def _like_dataclass(value: Any, fields: dict[str, Any]) -> Any:
     return other
 
 
-# torch 2.8 cannot index these dtypes. `index_select` takes them, but forgets the memory format, which the rows of
-# other dtypes must keep: a convolution goes by it.
-_SELECTED = frozenset({
-    torch.uint16, torch.uint32, torch.uint64,
-    torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
-})  # fmt: skip
-
-
 def _taken(column: Column, places: Sequence[int]) -> Any:
     value = column.value
     if column.single:
         return value
     if isinstance(value, torch.Tensor):
         index = torch.tensor(places, dtype=torch.int64, device=value.device)
-        return value.index_select(0, index) if value.dtype in _SELECTED else value[index]
+        return taken_as_whole(value, lambda values: values[index])
     if isinstance(value, np.ndarray):
         return value[np.asarray(places, dtype=np.int64)]
     items = (value[place] for place in places)
@@ -257,7 +267,7 @@ def _row_of(value: Any, path: str, columns: Mapping[str, Column], place: int) ->
         return value
     parts = [_row_of(item, path + step, columns, place) for step, item in items]
     if isinstance(value, Mapping):
-        return dict(zip(value, parts, strict=True))
+        return dict(zip(value, parts, strict=False))  # a key function sees the items, not what was set beside them
     if isinstance(value, tuple):
         return tuple.__new__(type(value), parts)
     return _like_dataclass(value, dict(zip(_names(value), parts, strict=True)))

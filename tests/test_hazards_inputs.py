@@ -1397,3 +1397,29 @@ def test_arguments_that_contain_themselves():
         module = cached_module(Apply(function).eval())
         with pytest.warns(CacheWarning, match="contains itself"):
             assert_same(module(argument), function(argument))
+
+
+class Batch(dict):
+    """A dict on which things are set."""
+
+
+class UserBatch(collections.UserDict):
+    """The same, of another kind."""
+
+
+@pytest.mark.parametrize("kind", [Batch, UserBatch])
+def test_what_is_set_on_a_mapping_counts(kind):
+    """An attribute of a batch is read by the forward like its items are: a number for all rows, or one for each."""
+
+    def batch_of(x, scale):
+        made = kind(x=x)
+        made.scale, made._notes = scale, object()
+        return made
+
+    module = cached_module(Apply(lambda batch: batch["x"] * batch.scale).eval())
+    other = torch.cat([X[:2], X[:4] + 1])
+    each = torch.arange(1.0, 7.0)[:, None]
+    for x, scale in ((X, 2.0), (X, 3.0), (other, 3.0), (X, 2.0), (X, each), (other, each), (X, each.flip(0))):
+        assert_same(module(batch_of(x, scale)), x * scale)
+    assert dict(cache_of(module).stats.reasons) == {}
+    assert hits(module) == 6 + 2 + 2
