@@ -999,3 +999,17 @@ def test_another_view_of_the_same_memory(how, layers):
             for _ in range(8):
                 module(X[:, :4])
     agree(module, plain, X[:, :4])
+
+
+def test_the_fast_path_of_attention_counts():
+    """Without it, an encoder of torch gives other values at padded positions."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    module, plain = pair(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False))
+    tokens, padding = torch.randn(4, 5, 8), torch.arange(5).repeat(4, 1) >= torch.tensor([[5], [3], [2], [4]])
+    try:
+        with Quiet(), torch.no_grad():
+            for enabled in (True, False, True):
+                torch.backends.mha.set_fastpath_enabled(enabled)
+                agree(module, plain, tokens, src_key_padding_mask=padding)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)

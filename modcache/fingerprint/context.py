@@ -16,12 +16,14 @@ _NAMES = (
     "float32 products (cpu)",
     "float32 convolutions (cpu)",
     "deterministic algorithms",
+    "fast path of attention",
 )
 
 _autocast_on = torch.is_autocast_enabled
 _autocast_dtype = torch.get_autocast_dtype
 _default_dtype = torch.get_default_dtype
 _deterministic = torch._C._get_deterministic_algorithms
+_fast_path = torch.backends.mha.get_fastpath_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 
 
@@ -49,7 +51,8 @@ def context() -> tuple[object, ...]:
     between machines.
     """
     autocast = _autocast() if _any_autocast() else _NO_AUTOCAST
-    return (*autocast, _default_dtype(), *_precision(), _deterministic())
+    facts = (*autocast, _default_dtype(), *_precision(), _deterministic())
+    return facts if _fast_path() else (*facts, False)  # on unless somebody said otherwise; it fills padding with zeros
 
 
 _OTHERS = ("mps", "xpu", "hpu", "mtia", "xla", "privateuseone")
@@ -80,4 +83,4 @@ def context_facts(ctx: tuple[object, ...]) -> dict[str, object]:
     >>> context_facts(context())["deterministic algorithms"]
     False
     """
-    return dict(zip(_NAMES, ctx, strict=True))
+    return dict(zip(_NAMES, ctx, strict=False))

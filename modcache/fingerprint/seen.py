@@ -38,8 +38,6 @@ class Seen:
     """Dicts of which only these names count, because a forward changes the others."""
     sequences: dict[int, Any] = dataclasses.field(default_factory=dict)
     """Lists, sets and deques of which every item counts."""
-    long: dict[int, Any] = dataclasses.field(default_factory=dict)
-    """Dicts and sequences of so many items that these are looked at in turn."""
     slotted: dict[int, tuple[object, tuple[str, ...], tuple[str, ...]]] = dataclasses.field(default_factory=dict)
     """Objects with slots, the names of those that count, and of those that are empty."""
     memories: dict[int, Any] = dataclasses.field(default_factory=dict)

@@ -31,7 +31,6 @@ from .seen import Seen
 
 _DEPTH = 64
 _ITEMS = 1 << 12  # of one container; one of more is read in bulk if it can be
-_ITEMS_AT_ONCE = 1 << 15  # those of one of more are looked at in turn: half a millisecond a check would be too much
 _OBJECTS = 1 << 12  # reached from one attribute; the others count by class
 
 # Where a model came from is not what it is: moving a folder must not empty a cache.
@@ -231,7 +230,7 @@ class ValueReader:
     def _sequence(self, value: Any, path: str) -> bytes:
         cls = type(value)
         if not isinstance(value, tuple | frozenset):
-            (self.seen.sequences if len(value) <= _ITEMS_AT_ONCE else self.seen.long)[id(value)] = value
+            self.seen.sequences[id(value)] = value
         inside = self._in_bulk(value) or self._items(value, path)
         return frame(b"sequence", self._kind(cls) + inside + self._beside(value, path))
 
@@ -241,7 +240,7 @@ class ValueReader:
 
     def _mapping(self, value: Mapping[Any, object], path: str) -> bytes:
         if isinstance(value, dict):
-            (self.seen.mappings if len(value) <= _ITEMS_AT_ONCE else self.seen.long)[id(value)] = value
+            self.seen.mappings[id(value)] = value
         elif isinstance(value, types.MappingProxyType):
             for view in (value.keys(), value.values()):
                 self.seen.sequences[id(view)] = view

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import enum
 import functools
@@ -108,12 +109,16 @@ class Watch:
     def _outside(self, found: Walk) -> None:
         """Containers, closures and classes that the walk came across."""
         seen = found.seen
-        self._mappings = list(seen.mappings.values())
-        self._sequences = list(seen.sequences.values())
+        containers = sorted([*seen.mappings.values(), *seen.sequences.values()], key=_count)
+        total = list(itertools.accumulate(map(_count, containers)))
+        few = bisect.bisect_right(total, _AT_ONCE)
+        self._mappings = [value for value in containers[:few] if isinstance(value, dict)]
+        self._sequences = [value for value in containers[:few] if not isinstance(value, dict)]
+        self._large = containers[few:]  # by length each time, by their items in turn
         # The bodies of the user's own classes; those of installed ones are looked at in turn.
         own = [cls for cls in seen.classes.values() if cls not in seen.busy and not installed_class(cls)]
         self._bodies = [vars(cls) for cls in own]
-        self._sized = [*self._mappings, *self._sequences, *self._bodies, *seen.long.values()]
+        self._sized = [*self._mappings, *self._sequences, *self._bodies, *self._large]
         self._sizes = list(map(len, self._sized))
         self._cells = [cell for cell, _ in seen.cells.values()]
         self._items = list(self._all_items())
@@ -225,7 +230,7 @@ class Watch:
         theirs = [cls for cls in found.seen.classes.values() if cls not in found.seen.busy and installed_class(cls)]
         places += [(_body, vars(cls)) for cls in theirs]
         places += [(_getter(names), vars(found.modules[name])) for name, names in found.idle.items() if name]
-        places += [piece for value in found.seen.long.values() for piece in _pieces(value)]
+        places += [piece for value in self._large for piece in _pieces(value)]
         self._parts = _even_parts(places)
         self._part_values = [list(_fetched(part)) for part in self._parts]
 
@@ -396,7 +401,15 @@ def _bound_to(variable: contextvars.ContextVar[Any]) -> object:
     return variable.get(_UNBOUND)
 
 
+_AT_ONCE = 1 << 14
+"""Items of containers that are compared in each check, a third of a millisecond; those of larger ones are in turn."""
+
 _PIECE = 1 << 10
+
+
+def _count(value: Any) -> int:
+    """How many comparisons a container takes."""
+    return 2 * len(value) if isinstance(value, dict) else len(value)
 
 
 def _pieces(value: Any) -> Iterable[tuple[Callable[[Any], Iterable[object]], Any]]:
