@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 from .keys import Keyed
 from .keys.parts import Part, Texts, Values
+from .locks import Lock
 
 __all__ = ["Explanation", "Memory", "differing_parts"]
 
@@ -65,7 +65,7 @@ class Memory:
     """Remembers what the keys of the latest computed rows were made of: a few lists for each call."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._calls: deque[_Call] = deque()
         self._rows = 0
 

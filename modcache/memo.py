@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 from .explain import Memory
 from .keys import Extractor
 from .keys.tokens import PaddingWatch
+from .locks import Lock
 from .manifests import TokenDims, Word
 from .notices import log, warn
 from .recipe import Form, Recipe
@@ -120,7 +120,7 @@ class Memo:
         self.hooks: dict[int, CallHook] = {}
         self.recipes: dict[object, Recipe] = {}
         self._counters = Counters()
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._said: set[str] = set()
         self._fleeting = False
         self._findings = _findings_in(store)

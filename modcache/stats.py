@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
+
+from .locks import Lock
 
 __all__ = ["CallHook", "CallReport", "Counters", "Seconds", "Stats"]
 
@@ -127,7 +128,7 @@ class Counters:
     """Adds up the reports of a module's calls; safe in threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._calls = self._rows = self._hits = self._computed = self._bypassed = 0
         self._reasons: Counter[str] = Counter()
         self._keys = self._lookup = self._computing = self._storing = 0.0

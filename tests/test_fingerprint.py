@@ -1204,7 +1204,7 @@ def test_a_forked_child_can_look():
     taken, done = threading.Event(), threading.Event()
 
     def hold():
-        with followed.identity._locked():
+        with followed.identity._lock:
             taken.set()
             done.wait()
 

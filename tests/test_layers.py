@@ -11,7 +11,7 @@ import modcache
 PACKAGE = Path(modcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"notices", "tensors", "theirs", "undisturbed"},
+    {"notices", "tensors", "theirs", "undisturbed", "locks"},
     {"digest", "rows"},
     {"row_digests", "outputs", "stats", "modes", "batch", "cut"},
     {"arguments", "sameness", "selfcheck"},

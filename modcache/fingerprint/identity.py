@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
-import threading
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..digest import digest, encode
+from ..locks import Lock
 from .facts import UNDETERMINED, Fingerprint, Standing, Suspect
 from .settle import Changes, changes
 from .strangers import Strangers
@@ -21,7 +20,6 @@ from .weights import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from contextlib import AbstractContextManager
 
     from torch import nn
 
@@ -83,7 +81,7 @@ class Identity:
         self._also = dict(also)
         self._eager_bytes = eager_bytes
         self._asked = False
-        self._lock = os.getpid(), threading.RLock()
+        self._lock = Lock()
         self._turns = itertools.count(1)
         self._look: _Look | None = None
         self._weights = Weights()
@@ -121,14 +119,8 @@ class Identity:
             and not self._moves_in_a_row
         ):
             return standing
-        with self._locked():
+        with self._lock:
             return self._check_again(module, grad, turn)
-
-    def _locked(self) -> AbstractContextManager[bool]:
-        """The lock; a forked child makes its own, as a thread of the parent may have held the old one."""
-        if self._lock[0] != os.getpid():
-            self._lock = os.getpid(), threading.RLock()
-        return self._lock[1]
 
     def _check_again(self, module: nn.Module, grad: bool, turn: int) -> Standing:
         look, moved = self._look, Moved.STRUCTURE
@@ -276,7 +268,7 @@ class Identity:
         look = self._look
         if look is None or look.watch.moved(module, False, self.turn) is None:
             return None
-        with self._locked():
+        with self._lock:
             found = walk(module, self._bookkeeping, self._also)
             self._strangers.changed_by_forward(found.seen.opaque)
             if look.watch.imported():
@@ -320,7 +312,7 @@ class Identity:
 
     def fingerprint(self, module: nn.Module) -> Fingerprint:
         """The content of the module as it is now; computed when asked for, remembered for each state."""
-        with self._locked():
+        with self._lock:
             standing = self.check(module, False)
             look = self._look
             assert look is not None
@@ -349,7 +341,7 @@ class Identity:
 
         Weights that were never digested cannot be vouched for: they count as changed.
         """
-        with self._locked():
+        with self._lock:
             self.check(module, False)
             before = self._at
             self._asked = True
@@ -360,6 +352,6 @@ class Identity:
 
     def drop(self) -> None:
         """Let go of all memory of the module at once; the next check looks anew."""
-        with self._locked():
+        with self._lock:
             self._look = self._epoch = None
             self._weights.forget()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 
 from ..digest import encode, frame, hasher
+from ..locks import Lock
 
 __all__ = ["CHECKS", "path_key"]
 
@@ -20,7 +20,7 @@ _REMEMBERED = 1 << 20
 
 _Stamp = tuple[int, int, int, int, int]
 _digests: dict[_Stamp, bytes] = {}
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def path_key(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], check: str) -> bytes:
