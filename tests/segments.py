@@ -14,6 +14,7 @@ import torch
 from modcache import DiskStore
 from modcache.digest import checksum
 from modcache.rows import Layout
+from modcache.stores.disk.directory import Directory
 from modcache.stores.disk.frames import (
     DROPPED,
     ROWS,
@@ -23,7 +24,7 @@ from modcache.stores.disk.frames import (
     pack_log_header,
     pack_rows_head,
 )
-from modcache.stores.disk.names import Directory, SegmentName, folder_of, new_writer
+from modcache.stores.disk.names import SegmentName, folder_of, new_writer
 
 __all__ = ["NUMBER", "alive", "content_of", "key_of", "plant", "value_of"]
 

@@ -21,8 +21,9 @@ import modcache
 from modcache.cli import main
 from modcache.cli.text import bytes_text, shortest, table
 from modcache.cli.words import COMMANDS, age_of, size_of
+from modcache.stores.disk.directory import Directory
 from modcache.stores.disk.manifest import write_manifest
-from modcache.stores.disk.names import Directory, folder_of
+from modcache.stores.disk.names import folder_of
 from tests.directories import snapshot
 from tests.segments import alive, content_of, key_of, plant, value_of
 

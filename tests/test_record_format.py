@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modcache.stores.disk.names import Directory, folder_of
+from modcache.stores.disk.directory import Directory
+from modcache.stores.disk.names import folder_of
 from tests.segments import content_of, key_of, plant, value_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "record-format.md"

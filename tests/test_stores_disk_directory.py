@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from modcache.errors import FormatVersionError, UsageError
+from modcache.stores.disk.directory import Directory
 from modcache.stores.disk.frames import LOG_MAGIC, ROWS_MAGIC
-from modcache.stores.disk.names import Directory, SegmentName, folder_of, new_writer
+from modcache.stores.disk.names import SegmentName, new_writer
 
 HEX = "0123456789abcdef0123456789abcdef"
 WRITER = "0123456789abcdef"
@@ -32,18 +33,8 @@ def put(directory, folder, name, data):
     directory.place_of(folder).joinpath(name).write_bytes(data)
 
 
-@pytest.mark.parametrize("text", ["", "..", "a/b", "\0", "\ud800", HEX.upper(), HEX + "\n", "x" * 10_000])
-def test_folders_of_any_text(text):
-    """Any text has a folder of its own whose name is safe; thirty-two hex digits are their own."""
-    assert folder_of(HEX) == HEX
-    assert folder_of(text).startswith("~")
-    assert len(folder_of(text)) == 33
-    assert folder_of(text) != folder_of(text + "x")
-
-
 def test_names_of_a_segment(directory):
-    """A segment's two files have names that are read back; other names are nobody's."""
-    assert (SEGMENT.rows, SEGMENT.log) == (f"{WRITER}-000007.rows", f"{WRITER}-000007.log")
+    """The files of segments are listed; other names are nobody's."""
     for name in (SEGMENT.rows, SEGMENT.log, "notes.txt", f"{WRITER}-7.log", f"x{SEGMENT.log}", f"{SEGMENT.log}~"):
         put(directory, HEX, name, b"")
     assert directory.names_in(HEX) == {SEGMENT.rows: SEGMENT, SEGMENT.log: SEGMENT}
@@ -173,7 +164,7 @@ def test_writers_live_as_long_as_they_hold_their_file(directory):
 
 HOLD = """
 import sys, time
-from modcache.stores.disk.names import Directory
+from modcache.stores.disk.directory import Directory
 file = Directory(sys.argv[1]).sign_in(sys.argv[2])
 print("signed in", flush=True)
 time.sleep(60)
@@ -189,16 +180,6 @@ def test_a_killed_writer_is_dead(directory):
         process.kill()
         process.wait()
     assert not directory.is_alive(WRITER)
-
-
-def test_the_admission_lock_is_held_by_one(directory):
-    """While one holds the lock, another that does not wait sees so."""
-    with directory.admission() as held:
-        assert held
-        with directory.admission(wait=False) as other:
-            assert not other
-    with directory.admission(wait=False) as held:
-        assert held
 
 
 def test_signing_in_is_never_lost(directory):

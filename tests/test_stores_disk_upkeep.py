@@ -17,8 +17,9 @@ from modcache import DiskStore, FormatVersionError, UsageError
 from modcache.rows import SINGLE, Layout, Rows
 from modcache.stores.disk import upkeep
 from modcache.stores.disk.catalogue import Catalogue
+from modcache.stores.disk.directory import Directory
 from modcache.stores.disk.manifest import write_manifest
-from modcache.stores.disk.names import Directory, folder_of, new_writer
+from modcache.stores.disk.names import folder_of, new_writer
 from modcache.stores.disk.upkeep import reclaim, work
 from modcache.stores.disk.upkeep.survey import standing_of, survey
 from tests.directories import Child, files_in, needs_fork, sizes_in, snapshot

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from . import room
-from .names import ADMISSION, WRITERS_FOLDER, Directory, folder_of, locked
+from .directory import Directory
+from .locks import locked
+from .names import ADMISSION, WRITERS_FOLDER, folder_of
 
 if TYPE_CHECKING:
     from .catalogue import Catalogue

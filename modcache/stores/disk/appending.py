@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..index import KEY_BYTES
+from .directory import Directory
 from .frames import (
     DROPPED,
     MOST_KEYS,
@@ -24,7 +25,7 @@ from .frames import (
     pack_log_header,
     pack_rows_head,
 )
-from .names import ROWS_FOLDER, Directory
+from .names import ROWS_FOLDER
 
 if TYPE_CHECKING:
     from .segment import Segment

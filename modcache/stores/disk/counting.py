@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .descriptors import Descriptors
+from .directory import Directory
 from .frames import DamageError
-from .names import Directory, SegmentName
+from .names import SegmentName
 from .reading import Reading
 from .room import looks_of
 from .segment import read_header

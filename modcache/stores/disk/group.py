@@ -23,7 +23,7 @@ from .window import ROW_BITS, Grid
 if TYPE_CHECKING:
     from ...rows import Layout
     from .descriptors import Descriptors
-    from .names import Directory
+    from .directory import Directory
 
 __all__ = ["ROW_BITS", "Group", "LostError", "Taken"]
 

@@ -13,9 +13,10 @@ from ...rows import Layout
 from ..index import KEY_BYTES, Places
 from ..protocol import Found
 from .descriptors import Descriptors
+from .directory import Directory
 from .frames import DROPPED, ROWS, SEGMENT_ID_BYTES, DamageError, Frame
 from .group import ROW_BITS, Group, LostError, Taken
-from .names import Directory, SegmentName, folder_of
+from .names import SegmentName, folder_of
 from .segment import Segment, check_rows, read_header
 from .statements import Statements
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from .names import CATALOGUE, Directory
+from .directory import Directory
+from .names import CATALOGUE
 
 __all__ = ["IN_USE", "Census", "Usage", "floor_of", "grant", "looks_of", "reserved", "take_census", "to_drop"]
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..index import Places
+from .directory import Directory
 from .frames import (
     LOG_START_BYTES,
     ROWS_HEAD_BYTES,
@@ -22,7 +23,7 @@ from .frames import (
     parse_log_header,
     parse_rows_head,
 )
-from .names import Directory, SegmentName, folder_of
+from .names import SegmentName, folder_of
 
 if TYPE_CHECKING:
     from ...rows import Layout

@@ -21,8 +21,9 @@ from ..protocol import Found, StoreStats
 from . import room
 from .counting import Count, Counts
 from .descriptors import Descriptors
+from .directory import Directory
 from .manifest import read_manifest
-from .names import Directory, folder_of
+from .names import folder_of
 from .reading import Reading
 from .records import records_of
 from .sharing import note, shared

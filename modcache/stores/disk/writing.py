@@ -22,10 +22,11 @@ from .admission import Admission
 from .appending import GoneError, SegmentWriter
 from .catalogue import Catalogue, Entry
 from .counting import count_rows
+from .directory import Directory
 from .forks import undisturbed
 from .frames import SegmentHeader
 from .manifest import read_manifest, write_manifest
-from .names import CATALOGUE, ROWS_FOLDER, Directory, SegmentName, new_writer
+from .names import CATALOGUE, ROWS_FOLDER, SegmentName, new_writer
 from .reading import Reading
 from .records import Buffers
 from .room import IN_USE

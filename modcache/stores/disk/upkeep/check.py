@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..names import Directory
+from ..directory import Directory
 from .reports import Damage, VerifyReport
 from .rewrite import Flags, chunks_of
 from .survey import Folder, SegmentFacts, opened, survey

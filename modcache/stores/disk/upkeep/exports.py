@@ -12,7 +12,7 @@ import numpy as np
 
 from ....errors import UsageError
 from ....rows import Layout
-from ..names import Directory
+from ..directory import Directory
 from .contents import find_namespace
 from .formats import FORMATS, Part, Rows
 from .leaves import leaf_names

@@ -13,9 +13,10 @@ from typing import Final
 from ....errors import UsageError
 from ....rows import Layout
 from ...index import KEY_BYTES
+from ..directory import Directory
 from ..frames import ROWS_HEAD_BYTES
 from ..manifest import TEMPORARY
-from ..names import FORMAT_FILE, Directory, folder_of
+from ..names import FORMAT_FILE, folder_of
 from .reports import GcReport
 from .rewrite import Flags
 from .survey import Folder, SegmentFacts, entries_of, opened, standing_of, survey

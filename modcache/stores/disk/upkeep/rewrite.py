@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ....digest import checksum
 from ....rows import Layout
 from ...index import KEY_BYTES
+from ..directory import Directory
 from ..frames import (
     DROPPED,
     ROWS,
@@ -27,7 +28,7 @@ from ..frames import (
     pack_log_header,
     pack_rows_head,
 )
-from ..names import Directory, SegmentName
+from ..names import SegmentName
 from ..segment import read_into
 from .survey import SegmentFacts
 

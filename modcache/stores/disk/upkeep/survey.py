@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ....errors import UsageError
 from ...index import KEY_BYTES
 from ..catalogue import Catalogue, Entry
+from ..directory import Directory
 from ..frames import (
     DROPPED,
     ROWS,
@@ -26,7 +27,7 @@ from ..frames import (
     parse_rows_head,
 )
 from ..manifest import read_manifest
-from ..names import CATALOGUE, Directory, SegmentName, folder_of
+from ..names import CATALOGUE, SegmentName, folder_of
 from ..segment import read_all, read_header
 
 __all__ = ["Folder", "SegmentFacts", "Standing", "entries_of", "opened", "standing_of", "survey", "survey_folder"]

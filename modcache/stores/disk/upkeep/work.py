@@ -16,8 +16,10 @@ import numpy as np
 from ....rows import Layout
 from ...index import KEY_BYTES
 from ..catalogue import Catalogue
+from ..directory import Directory
 from ..frames import DROPPED, ROWS
-from ..names import CATALOGUE, Directory, locked, new_writer
+from ..locks import locked
+from ..names import CATALOGUE, new_writer
 from ..room import floor_of
 from .rewrite import Flags, among, chunks_of, rewriting
 from .survey import Folder, SegmentFacts
