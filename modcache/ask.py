@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -141,18 +141,7 @@ def contained(memo: Memo, namespace: str, arguments: Arguments, given: Given | N
     """
     batch, keyed = keys_of(memo, arguments, given)
     refuse_blocked(memo, form_of(batch, keyed))
-    return _are_stored(memo, namespace, keyed.keys)
-
-
-def _are_stored(memo: Memo, namespace: str, keys: Sequence[bytes]) -> list[bool]:
-    ask = getattr(memo.store, "contains", None)
-    if ask is not None:
-        return [bool(there) for there in ask(namespace, keys)]
-    there = [False] * len(keys)
-    for part in memo.get(namespace, keys):
-        for place in part.positions.tolist():
-            there[place] = True
-    return there
+    return memo.contains(namespace, keyed.keys)
 
 
 def explained(
@@ -166,7 +155,7 @@ def explained(
     batch, keyed = keys_of(memo, arguments, given)
     form = form_of(batch, keyed)
     refuse_blocked(memo, form)
-    found = _are_stored(memo, namespace, keyed.keys)
+    found = memo.contains(namespace, keyed.keys)
     answers = memo.memory.explain(namespace, keyed, shared_digests(batch), found, namespaces)
     if memo.passed(namespace, form) is not None or len(set(keyed.keys)) < 2:
         return answers

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .rows import taken_as_whole
+
 __all__ = [
     "Batch",
     "Bound",
@@ -236,21 +238,13 @@ def _like_dataclass(value: Any, fields: dict[str, Any]) -> Any:
     return other
 
 
-# torch 2.8 cannot index these dtypes. `index_select` takes them, but forgets the memory format, which the rows of
-# other dtypes must keep: a convolution goes by it.
-_SELECTED = frozenset({
-    torch.uint16, torch.uint32, torch.uint64,
-    torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
-})  # fmt: skip
-
-
 def _taken(column: Column, places: Sequence[int]) -> Any:
     value = column.value
     if column.single:
         return value
     if isinstance(value, torch.Tensor):
         index = torch.tensor(places, dtype=torch.int64, device=value.device)
-        return value.index_select(0, index) if value.dtype in _SELECTED else value[index]
+        return taken_as_whole(value, lambda values: values[index])
     if isinstance(value, np.ndarray):
         return value[np.asarray(places, dtype=np.int64)]
     items = (value[place] for place in places)

@@ -75,7 +75,7 @@ def hit(
     keyed_at = perf_counter()
     try:
         rows = None if recipe.tokens is None else _lent(memo, site, recipe, keys)
-        found = memo.store.get(site.namespace, keys) if rows is None else ()
+        found = memo.look_up(site.namespace, keys) if rows is None else ()
     except Exception:  # `call` asks again, and says what is wrong
         return Missed(outline)
     if memo.passed(site.namespace, recipe.form) is None:

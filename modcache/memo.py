@@ -13,6 +13,7 @@ from .explain import Memory
 from .keys import Extractor
 from .keys.tokens import PaddingWatch
 from .locks import Lock
+from .looking import look_up_in
 from .manifests import TokenDims, Word
 from .notices import log, warn
 from .recipe import Form, Recipe
@@ -23,6 +24,7 @@ from .stores import Found, MemoryStore, Store, TieredStore
 __all__ = ["Bypass", "Memo", "Options"]
 
 _NOTHING = object()
+_MOST_UNCHECKED = 1 << 16
 _NO_NAMES: frozenset[str] = frozenset()
 
 Known = TypeVar("Known")
@@ -114,6 +116,7 @@ class Memo:
         self.name = name
         self.options = options
         self.store = store
+        self.look_up = look_up_in(store)
         self.word = Word(store, name)
         self.memory = Memory()
         self.padding = PaddingWatch()
@@ -126,7 +129,7 @@ class Memo:
         self._findings = _findings_in(store)
         self._blocked: dict[Form, str] = {}
         self._steady: set[tuple[str, Form]] = set()
-        self._unchecked: dict[tuple[str, Form], list[bytes]] = {}
+        self._unchecked: dict[tuple[str, Form], list[bytes] | None] = {}
         self._moved = 0
         self._latest: deque[tuple[int, str, Sequence[bytes]]] = deque(maxlen=64)
 
@@ -211,7 +214,11 @@ class Memo:
     def note_unchecked(self, namespace: str, form: Form, keys: Sequence[bytes]) -> None:
         """Rows were stored although nothing could be checked with them; a failing check drops them."""
         with self._lock:
-            self._unchecked.setdefault((namespace, form), []).extend(keys)
+            known = self._unchecked.setdefault((namespace, form), [])
+            if known is not None and len(known) < _MOST_UNCHECKED:
+                known.extend(keys)
+            else:  # a module that is only ever called with single rows; should it fail a check, all of them go
+                self._unchecked[namespace, form] = None
 
     def note_put(self, turn: int, namespace: str, keys: Sequence[bytes]) -> None:
         """Rows are stored that rely on a look at the weights; a write that is noticed late may reach back to it."""
@@ -240,15 +247,40 @@ class Memo:
 
     def get(self, namespace: str, keys: Sequence[bytes]) -> tuple[Found, ...]:
         """What the store has of these rows; nothing if it fails."""
-        return self._guarded("reading", lambda: self.store.get(namespace, keys)) or ()
+        return self._guarded("reading", lambda: self.look_up(namespace, keys)) or ()
+
+    def contains(self, namespace: str, keys: Sequence[bytes]) -> list[bool]:
+        """Which of these rows the store has; none if it fails."""
+        ask = getattr(self.store, "contains", None)
+        if ask is not None:
+            asked = self._guarded("listing", lambda: [bool(there) for there in ask(namespace, keys)])
+            if asked is not None and len(asked) == len(keys):
+                return asked
+        there = [False] * len(keys)
+        for part in self.get(namespace, keys):
+            for place in part.positions.tolist():
+                there[place] = True
+        return there
 
     def put(self, namespace: str, keys: Sequence[bytes], rows: Rows) -> None:
         """Hand rows to the store; the run goes on if it fails."""
         store = self.store if not self._fleeting else _passing(self.store)
         if store is not None:
-            self._guarded("writing", lambda: store.put(namespace, keys, rows))
+            admitted = self._guarded("writing", lambda: store.put(namespace, keys, rows))
+            if isinstance(store, MemoryStore) and type(admitted) is int and admitted < len(keys):
+                self._refused(store, len(keys) - admitted)
             if self.word.lasts and not self._fleeting:
                 self._guarded("describing", lambda: self.word.told(namespace))
+
+    def _refused(self, store: MemoryStore, rows: int) -> None:
+        self._counters.add_refused(rows)
+        if store.shares_room:  # who gave a bound knows of it
+            self.say(
+                "the store is full",
+                f"{rows} of the rows that it computed found no room in its store, and will be computed each time: all "
+                f"such stores of the process share {store.stats().max_bytes} bytes. Give it a directory, or "
+                "store=MemoryStore(max_bytes=...) with as much as you can spare.",
+            )
 
     def delete(self, namespace: str, keys: Sequence[bytes] | None = None) -> None:
         """Drop rows from the store; the run goes on if it fails."""
@@ -290,6 +322,7 @@ class Memo:
     def leave_store(self) -> None:
         """Keep nothing of the store, so that it can be given back."""
         self.store = MemoryStore()
+        self.look_up = look_up_in(self.store)
         self.word = Word(self.store, self.name)
 
     def rename(self, old: str, new: str) -> None:
@@ -357,4 +390,5 @@ class Memo:
 
     def stats(self) -> Stats:
         """What was counted so far."""
-        return self._counters.snapshot(self.store.stats().bytes)
+        held = self._guarded("listing", self.store.stats)
+        return self._counters.snapshot(getattr(held, "bytes", 0))

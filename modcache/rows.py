@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-__all__ = ["SINGLE", "Layout", "Lent", "Rows", "bytes_of", "join_rows", "tensor_of"]
+__all__ = ["SINGLE", "Layout", "Lent", "Rows", "bytes_of", "join_rows", "taken_as_whole", "tensor_of"]
 
 SINGLE = "{}"
 """The tree of an output that is one tensor."""
@@ -70,7 +70,21 @@ class Lent:
 
 def _take(tensor: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
     index = torch.tensor(places, dtype=torch.int64, device=tensor.device)
-    return tensor.index_select(0, index)  # of any dtype; torch 2.8 cannot index all of them
+    return taken_as_whole(tensor, lambda values: values.index_select(0, index))
+
+
+# torch cannot index all of these dtypes, nor select from all of them; whole numbers of their size it can.
+_AS_WHOLE = {
+    torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64,
+    torch.float8_e4m3fn: torch.int8, torch.float8_e4m3fnuz: torch.int8, torch.float8_e5m2: torch.int8,
+    torch.float8_e5m2fnuz: torch.int8, torch.float8_e8m0fnu: torch.int8,
+}  # fmt: skip
+
+
+def taken_as_whole(tensor: torch.Tensor, take: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """What is taken of a tensor; by way of whole numbers, if nothing can be taken of its dtype as it is."""
+    whole = _AS_WHOLE.get(tensor.dtype)
+    return take(tensor) if whole is None else take(tensor.view(whole)).view(tensor.dtype)
 
 
 # --- bytes of tensors -----------------------------------------------------------------------------------

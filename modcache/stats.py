@@ -84,6 +84,7 @@ class Stats:
         bytes: bytes that the store holds for all its modules.
         seconds: where the time went.
         seconds_saved: hits times the mean time to compute a row, less the time spent on keys, look-up and storing.
+        refused: computed rows that a full store in memory did not take.
     """
 
     calls: int = 0
@@ -95,6 +96,7 @@ class Stats:
     bytes: int = 0
     seconds: Seconds = Seconds()
     seconds_saved: float = 0.0
+    refused: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -105,7 +107,7 @@ class Stats:
         lines = [
             f"rows       {self.rows:>{(width := max(len(str(self.rows)), 2))}}  in {self.calls} calls",
             f"hits       {self.hits:>{width}}  {self.hit_rate:.1%}".replace("%", " %"),
-            f"computed   {self.computed:>{width}}",
+            f"computed   {self.computed:>{width}}" + (f"  {self.refused} not stored" if self.refused else ""),
             f"bypassed   {self.bypassed:>{width}}",
             *(f"           {count:>{width}}  {reason}" for reason, count in self.reasons.items()),
             f"held       {_readable_bytes(self.bytes)}",
@@ -129,7 +131,7 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._calls = self._rows = self._hits = self._computed = self._bypassed = 0
+        self._calls = self._rows = self._hits = self._computed = self._bypassed = self._refused = 0
         self._reasons: Counter[str] = Counter()
         self._keys = self._lookup = self._computing = self._storing = 0.0
 
@@ -156,6 +158,11 @@ class Counters:
                 self._bypassed += bypassed
                 self._reasons[reason] += bypassed
 
+    def add_refused(self, rows: int) -> None:
+        """Count rows that were computed and found no room."""
+        with self._lock:
+            self._refused += rows
+
     @property
     def hits(self) -> int:
         """Rows that were served so far."""
@@ -176,4 +183,5 @@ class Counters:
                 bytes=held,
                 seconds=Seconds(self._keys, self._lookup, self._computing, self._storing),
                 seconds_saved=max(self._hits * per_row - spent, 0.0) if per_row else 0.0,
+                refused=self._refused,
             )

@@ -266,3 +266,30 @@ def test_what_was_set_on_a_dataclass_is_in_the_key():
         data.scale = FIRST + scale
         assert torch.equal(cached(data), 2 * FIRST * (FIRST + scale))
     assert cache_of(cached).stats.hits == 4 * COUNT
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (6, 2), (6, 2, 2, 2)], ids=str)
+def test_rows_of_dtypes_that_torch_cannot_index(dtype, shape):
+    """Rows of any dtype and rank are taken, put together and served, in the memory format that they had."""
+    values = (torch.arange(torch.Size(shape).numel(), dtype=torch.uint8) % 7).view(shape)
+    x = values.to(dtype)
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+        values = values.contiguous(memory_format=torch.channels_last)
+    batch = split([("x", x)], frozenset(), is_row)
+    taken = take(x, batch, [4, 1, 1], "x")
+    assert torch.equal(taken.to(torch.float32), values[[4, 1, 1]].to(torch.float32))
+    assert taken.stride() == values[[4, 1, 1]].stride()
+    cached = cached_module(Same(), freeze=True)
+    for places in ([0, 1, 2, 3], [0, 0, 3], [5, 1], [5], [2, 4, 4]):
+        own = take(x, batch, places, "x")
+        assert torch.equal(cached(own).to(torch.float32), own.to(torch.float32))
+    assert cache_of(cached).stats.bypassed == 0
+
+
+class Same(nn.Module):
+    """Gives what it is given, in new memory."""
+
+    def forward(self, x):
+        return x.clone()

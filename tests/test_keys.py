@@ -17,7 +17,7 @@ from modcache import CacheWarning, KeyExtractionError, UsageError, UsageTypeErro
 from modcache.arguments import Binder
 from modcache.batch import Column, split
 from modcache.digest import digest
-from modcache.keys import Extractor, Given, extractor_of, given_keyed
+from modcache.keys import Extractor, Given, extractor_of, given_keyed, parts
 from modcache.keys.parts import Values, part_of, row_keys, shared_digests
 from modcache.keys.registry import is_row
 from modcache.tensors import NoContentError
@@ -440,3 +440,11 @@ def test_only_the_public_names_are_exported():
     """`modcache.keys` offers what a user asks for; what the library uses of it stays out of `__all__`."""
     public = ["Extractor", "custom", "path", "register_key_extractor", "tensor", "text", "tokens"]
     assert keys.__all__ == public
+
+
+def test_what_rows_share_is_not_remembered():
+    """Seeds of calls with shared arguments are made each time: remembering these arguments would hold them for ever."""
+    before = parts._seed.cache_info().currsize
+    for number in range(20):
+        keys_of(Extractor(), x=X, shared=["a"] * number + [str(number)])
+    assert parts._seed.cache_info().currsize <= before + 1

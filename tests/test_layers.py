@@ -18,7 +18,7 @@ LAYERS = [
     {"fingerprint"},
     {"keys", "stores"},
     {"explain", "plan", "recipe", "opening"},
-    {"manifests"},
+    {"looking", "manifests"},
     {"memo"},
     {"hit", "requested"},
     {"ask", "refusals", "running"},

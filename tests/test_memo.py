@@ -183,3 +183,54 @@ def test_a_bypass_may_have_an_output():
     assert Bypass("reason", None, None).ran
     assert Bypass("reason", "advice").advice == "advice"
     assert str(Bypass("reason")) == "reason"
+
+
+class Silent(MemoryStore):
+    """Its numbers and its lists cannot be had."""
+
+    def stats(self):
+        raise OSError("no numbers")
+
+    def contains(self, namespace, row_keys):
+        raise OSError("no list")
+
+
+def test_a_store_without_numbers_still_has_statistics():
+    """`stats`, `contains` and `explain` answer although the store fails, and say so once."""
+    cached = cached_module(encoder(), freeze=True, store=Silent())
+    cached(X)
+    with pytest.warns(CacheWarning, match="raised OSError while listing rows") as told:
+        assert cache_of(cached).stats.computed == 4
+        assert cache_of(cached).contains(X) == [True] * 4
+        assert all(answer.hit for answer in cache_of(cached).explain(X))
+    assert len(told) == 1
+
+
+def test_single_rows_are_not_remembered_for_ever(monkeypatch):
+    """Beyond a number of rows that were stored unchecked, a failing check drops the namespace as a whole."""
+    monkeypatch.setattr("modcache.memo._MOST_UNCHECKED", 2)
+    one = memo()
+    put(one)
+    for number, key in enumerate(KEYS):
+        one.note_unchecked("n", FORM, [key])
+        assert len(one._unchecked["n", FORM] or ()) == (number + 1 if number < 2 else 0)
+    put(one, namespace="m")
+    one.note_unchecked("m", OTHER, KEYS[:1])
+    one.block(FORM, "random")
+    assert stored(one) == []
+    assert stored(one, "m") == KEYS
+
+
+@pytest.mark.parametrize("own_bound", [False, True])
+def test_a_full_store_is_told_once(own_bound, monkeypatch):
+    """Rows that found no room are counted; what to do is said once, unless the user chose the bound."""
+    cached = cached_module(encoder(), freeze=True, store=MemoryStore(300))
+    monkeypatch.setattr(cache_of(cached).store, "_max_bytes", 300 if own_bound else None)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for number in range(20):
+            cached(X + number)
+    assert [" share 300 bytes" in str(warning.message) for warning in told] == [True] * (not own_bound)
+    stats = cache_of(cached).stats
+    assert 0 < stats.refused == stats.computed - cache_of(cached).store.stats().rows
+    assert f"{stats.refused} not stored" in str(stats)

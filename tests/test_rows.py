@@ -197,7 +197,6 @@ REFUSED = {
     "an object": ({"a": Slotted()}, r"output\['a'\] is a .*Slotted, which cannot be stored"),
     "a set": ({1}, "builtins.set"),
     "a default dict": (defaultdict(int, a=X), "defaultdict"),
-    "values and indices": (X.max(1), "return_types.max"),
     "a float key": ({1.0: X}, "which is no text, whole number, bool or None"),
     "a tuple key": ({(1, 2): X}, "which is no text"),
     "sparse": (torch.eye(2).to_sparse(), "not a dense tensor"),

@@ -58,11 +58,8 @@ def unpad_rows(rows: Rows, lengths: np.ndarray, dims: tuple[tuple[int, ...], ...
     groups = []
     for length in np.unique(lengths).tolist():
         places = np.flatnonzero(lengths == length)
-        index = torch.from_numpy(places)
-        tensors = tuple(
-            _cut(tensor.index_select(0, index.to(tensor.device)), length, leaf_dims)
-            for tensor, leaf_dims in zip(rows.tensors, dims, strict=True)
-        )
+        taken = rows.take(places.tolist()).tensors
+        tensors = tuple(_cut(tensor, length, leaf_dims) for tensor, leaf_dims in zip(taken, dims, strict=True))
         leaves = tuple((tensor.dtype, tuple(tensor.shape[1:])) for tensor in tensors)
         groups.append((places, Rows(Layout(tree, leaves), tensors)))
     return groups

@@ -226,7 +226,7 @@ def frame_seed(metas: tuple[Meta, ...], batch: Batch) -> int:
     common = _frame_bytes(metas, batch.containers)
     if not batch.shared:
         return _seed(common)
-    return _seed(common + b"".join(encode(path) + _shared_bytes(path, value) for path, value in batch.shared))
+    return seed_of(common + b"".join(encode(path) + _shared_bytes(path, value) for path, value in batch.shared))
 
 
 _seed = functools.lru_cache(maxsize=4096)(seed_of)

@@ -173,6 +173,11 @@ class MemoryStore:
             shelf = self._shelves.get(namespace)
             return 0 if shelf is None or shelf.torn else shelf.counted().bytes
 
+    @property
+    def shares_room(self) -> bool:
+        """Whether it is open and has no bound of its own, but a share of what all such stores may hold."""
+        return self._max_bytes is None and not self._closed
+
     def stats(self) -> StoreStats:
         """What is held; without a bound of its own, ``max_bytes`` is what all such stores share."""
         with self._budget.lock:
