@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from modcache.recycling.trace import BY_PYTHON, Mark, Trace
 
@@ -58,6 +59,16 @@ FLOWS = {
     "by numpy": (by_numpy, {"a"}),
     "by a list": (lambda a, b: torch.tensor(a.tolist()) + 0, {"a"}),
     "by a branch": (by_branch, {"a"}),
+    "by a count": (lambda a, b: torch.zeros(a.nonzero().shape[0]), {"a"}),
+    "by the size of a choice": (lambda a, b: torch.ones(b[a > 0].numel()), {"a", "b"}),
+    "by how many there are": (lambda a, b: torch.ones(len(a.unique())), {"a"}),
+    "by repeats": (lambda a, b: torch.ones(torch.repeat_interleave(a.long()[0]).shape[0]), {"a"}),
+    "by the largest": (lambda a, b: torch.ones(nn.functional.one_hot(a.long()).shape[-1]), {"a"}),
+    "by its text": (lambda a, b: torch.ones(len(str(a))), {"a"}),
+    "by its format": (lambda a, b: torch.ones(len(f"{a}")), {"a"}),
+    "by membership": (lambda a, b: torch.ones(1) if 2.0 in a else torch.zeros(1), {"a"}),
+    "by a length": (lambda a, b: torch.arange(a.long().sum()), {"a"}),
+    "beside an index": (lambda a, b: (b[a.long()[0]], torch.ones(2))[1], set()),
     "indexed": (lambda a, b: b[a.long()[0]], {"a", "b"}),
 }
 

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["DEMANDS", "FACTS", "LIKE", "MOVES", "Around", "around_now", "chance_now", "chance_of", "name_of", "under"]
+from .trees import located
+
+__all__ = [
+    "DEMANDS",
+    "ESCAPES",
+    "FACTS",
+    "LIKE",
+    "MOVES",
+    "Around",
+    "answer_of",
+    "around_now",
+    "chance_now",
+    "chance_of",
+    "name_of",
+    "shows_values",
+    "under",
+]
 
 FACTS: frozenset[Any] = frozenset(
     [getattr(torch.Tensor, name).__get__ for name in (
@@ -39,6 +57,27 @@ DEMANDS = frozenset(
 )
 """What asks for values, in Python."""
 
+_ANSWERS = frozenset(
+    "__bool__ __int__ __float__ __complex__ __index__ item tolist is_nonzero equal allclose __contains__ __repr__ "
+    "__format__".split()
+)
+"""What tells Python values."""
+
+_CARRIES_AWAY = frozenset("numpy __array__ __dlpack__ untyped_storage storage _typed_storage".split())
+"""What carries values out of torch, where nobody sees what happens to them."""
+
+ESCAPES = _CARRIES_AWAY | {"tolist", "data_ptr", "__repr__", "__format__"}
+"""What carries values out of torch without an operation that shows it."""
+
+_SIZES = frozenset(
+    "nonzero argwhere masked_select unique unique_consecutive unique_dim _unique _unique2 bincount combinations "
+    "to_sparse to_sparse_coo to_sparse_csr".split()
+)
+"""What gives a tensor whose shape tells values."""
+
+_MASKS = frozenset([torch.bool, torch.uint8])
+_numbers = itertools.count()
+
 MOVES = frozenset(["to", "cpu", "cuda", "xpu", "type"])
 
 _DRAWS = frozenset(
@@ -61,6 +100,65 @@ def name_of(func: Callable[..., Any]) -> str:
     if name in ("__get__", "__set__"):
         return str(getattr(getattr(func, "__self__", None), "__name__", name))
     return str(name)
+
+
+def answer_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> str | None:
+    """What Python gets to know of values by a call of torch, beside new tensors of a shape that says nothing."""
+    if name in _ANSWERS:
+        return str(result)
+    if name in _CARRIES_AWAY:
+        return f"time {next(_numbers)}"  # what happens to it there, nobody sees: every time is a new one
+    if name in _SIZES or _sizes_by_values(name, args, kwargs, result):
+        return str([tuple(leaf.shape) for _, leaf in located(result)])
+    return None
+
+
+def _sizes_by_values(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> bool:
+    given = (*args, *kwargs.values())
+    if name == "__getitem__":
+        return any(map(_cuts, args[1] if isinstance(args[1], tuple | list) else args[1:]))
+    if name == "where":
+        return len(given) == 1
+    if name == "one_hot":
+        return bool(kwargs.get("num_classes", args[1] if len(args) > 1 else -1) == -1)
+    if name in ("repeat_interleave", "tensor_split"):
+        return len(given) == 1 or any(isinstance(value, torch.Tensor) for value in given[1:])
+    return any(map(_is_count, given)) and _has_other_shape(given, result)
+
+
+def _cuts(step: Any) -> bool:
+    """Whether a part of an index takes as many entries as values say."""
+    if isinstance(step, slice):
+        return any(isinstance(end, torch.Tensor) for end in (step.start, step.stop, step.step))
+    return type(step) is torch.Tensor and step.dtype in _MASKS
+
+
+def _is_count(value: Any) -> bool:
+    """Whether it is a whole number in a tensor, or holds one, which may be taken for a size."""
+    if type(value) is torch.Tensor:
+        return value.dim() == 0 and not value.dtype.is_floating_point
+    return type(value) in (tuple, list) and any(type(item) is torch.Tensor and _is_count(item) for item in value)
+
+
+def _has_other_shape(given: tuple[Any, ...], result: Any) -> bool:
+    if not isinstance(result, torch.Tensor):
+        return False
+    return all(result.shape != value.shape for value in given if isinstance(value, torch.Tensor))
+
+
+@functools.cache
+def _tags(func: Any) -> frozenset[torch.Tag]:
+    return frozenset(func.tags)
+
+
+def shows_values(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operation tells Python values: by what it gives, or by the shape of that."""
+    tags = _tags(func)
+    if torch.Tag.data_dependent_output in tags or func._schema.name == "aten::is_nonzero":
+        return True
+    if torch.Tag.dynamic_output_shape not in tags:
+        return False
+    return func._schema.name != "aten::index" or any(index is not None and index.dtype in _MASKS for index in args[1])
 
 
 class Around(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import types
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .asks import answer_of
 from .trace import Mark, Trace
 
 __all__ = ["Branch", "Branches"]
@@ -19,12 +19,7 @@ __all__ = ["Branch", "Branches"]
 Branch = tuple[object, ...]
 """Where Python asked a tensor for a value, and what the answer was; or where it called a function of torch at all."""
 
-_ASKS = frozenset(
-    ["__bool__", "__int__", "__float__", "__index__", "item", "tolist", "is_nonzero", "equal", "allclose"]
-)
-_CARRIES_AWAY = frozenset(["numpy", "__array__", "__dlpack__"])
 _TORCHS = str(Path(torch.__file__).parent)
-_numbers = itertools.count()
 _codes: dict[int, types.CodeType] = {}  # an id must not be used again
 
 
@@ -53,11 +48,9 @@ class Branches(TorchFunctionMode):
             _codes[place[0]] = frame.f_code
             self.new.add(place)
         result = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", None)
-        if name in _ASKS:
-            self._note(str(result), args)
-        elif name in _CARRIES_AWAY:
-            self._note(next(_numbers), args)  # what happens to it there, nobody sees: every time is a new one
+        answer = answer_of(getattr(func, "__name__", ""), args, kwargs or {}, result)
+        if answer is not None:
+            self._note(answer, (args, kwargs))
         return result
 
     def irrelevant(self, inputs: Iterable[str]) -> set[Branch]:

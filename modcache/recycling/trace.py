@@ -9,6 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .asks import ESCAPES, shows_values
 from .trees import located
 
 __all__ = ["BY_PYTHON", "Mark", "Trace"]
@@ -35,8 +36,6 @@ _SHAPE_ONLY = frozenset(
     for name in "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full "
     "new_empty new_empty_strided sym_size sym_stride sym_numel".split()
 )
-_ESCAPES = frozenset(["numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"])
-"""What carries values out of torch, where nobody can follow them."""
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -103,7 +102,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name
         marks = _NONE if name in _SHAPE_ONLY else self.all_marks((args, kwargs)) | self._everything
         result = func(*args, **kwargs)
-        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"):
+        if shows_values(func, args):
             self._everything |= _asked(marks)
         for tensor in _written(func._schema, args, kwargs):
             memory = _memory(tensor)
@@ -126,7 +125,8 @@ class _Functions(TorchFunctionMode):
         self._trace = trace
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", None) in _ESCAPES:
+        name = getattr(func, "__name__", None)
+        if name in ESCAPES or (name == "tensor_split" and isinstance(args[-1], torch.Tensor)):
             self._trace.escaped((args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
