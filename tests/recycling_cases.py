@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests import (
+    recycling_models_around,
     recycling_models_calls,
     recycling_models_kinds,
     recycling_models_python,
@@ -14,6 +15,7 @@ from tests.recycling_models import CASES
 __all__ = ["CASES", "FILES"]
 
 FILES = (
+    recycling_models_around,
     recycling_models_calls,
     recycling_models_kinds,
     recycling_models_python,

@@ -444,6 +444,13 @@ def test_a_way_that_only_a_row_alone_takes():
         branching(large)
 
 
+def test_a_model_without_values_is_refused(model):
+    """On the meta device there is nothing that could be looked at."""
+    model.to("meta")
+    with pytest.raises(CutError, match="meta device"):
+        recycle(model, at="mid", batch=(BATCH.to("meta"),))
+
+
 def edited(trunk):
     trunk.low.weight[1, 2] = 3.0
 

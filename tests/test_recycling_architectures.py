@@ -13,10 +13,12 @@ import torch
 import transformers
 
 from modcache import CutError, cache_of, is_cached, recycle, uncached
+from tests import recycling_families
 from tests.recycling_architectures import FAST, PAIRS, text
 from tests.recycling_oracle import Under, Verdict, judged, seeded
 
 NAMED = {case.name: case for case in PAIRS}
+assert recycling_families.UNLABELLED, "importing them entered them"
 UNDER = Under(recycle, uncached, is_cached, CutError)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()  # its thread outlives a test

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..arguments import Arguments
+from ..batch import tensors_in
 from ..errors import CutError
 from ..selfcheck import preserved_randomness
 from .alike import difference
@@ -299,6 +300,12 @@ def probe(
         raise CutError(
             f"{asking.at}: the first batch has one row, which does not tell rows from the rest. Call it with two "
             "or more rows first, or give recycle(..., batch=...) such a batch."
+        )
+    values = [value for _, value in asked.arguments.bound()]
+    if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers(), tensors_in(values))):
+        raise CutError(
+            f"{asking.at}: the model or its batch is on the meta device, where there are no values to look at. Give "
+            "the weights their values first (to_empty() and load_state_dict()), and call recycle then."
         )
     with untouched(model, shadow.written):
         return _Probe(model, forward, shadow, asked, asking, tokens).run()
