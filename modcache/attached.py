@@ -14,6 +14,7 @@ from torch import nn
 
 from .arguments import Arguments, Binder
 from .call import bypass, call
+from .errors import UsageTypeError
 from .fingerprint import UNDETERMINED, Fingerprint, Identity, Standing, context, context_facts
 from .freezing import Before
 from .hit import Missed, Site, hit
@@ -229,13 +230,20 @@ class Attached:
         return self._naming.name(module, (self.identity.check(module, False).state, context()))
 
     def asked(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Arguments, Given | None]:
-        """Arguments and given keys of a call that is asked about, not made."""
+        """Arguments and given keys of a call that is asked about, not made.
+
+        Raises:
+            UsageTypeError: the module does not take such arguments (a ``TypeError``).
+        """
         keys = kwargs.pop("cache_keys", None)
         around = given_keys()
         given = Given(keys) if keys is not None else None
         if given is None and around is not None:
             given = Given(around.keys, 0, "keys_for(...)")
-        return self._bind(type(module))(args, kwargs), given
+        try:
+            return self._bind(type(module))(args, kwargs), given
+        except TypeError as error:
+            raise UsageTypeError(f"{self.memo.name}: these arguments do not fit its signature: {error}") from None
 
     def parts(self, module: nn.Module) -> Mapping[str, Mapping[str, bytes]]:
         """For each namespace so far, its named parts: those of the module's state, and the context's."""

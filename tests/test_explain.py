@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from modcache import CacheMissError, cache_of, cached_module, mode, register_key_extractor
+from modcache import CacheMissError, UsageTypeError, cache_of, cached_module, mode, register_key_extractor
 from modcache import explain as module
 from modcache.explain import Explanation, Memory, differing_parts
 from modcache.keys import registry
@@ -262,3 +262,13 @@ def test_explaining_a_large_batch_is_quick():
     answers = cache_of(layer).explain(batch)
     assert time.perf_counter() - began < 2, "a square takes half a minute"
     assert not any(answer.hit for answer in answers)
+
+
+@pytest.mark.parametrize("verb", ["contains", "explain", "forget"])
+def test_arguments_that_do_not_fit(verb):
+    """Asking about a call that the module would not take says which module, and what does not fit."""
+    cached = cached_module(encoder(), freeze=True)
+    with pytest.raises(UsageTypeError, match=r"CountingEncoder: these arguments do not fit .*too many positional"):
+        getattr(cache_of(cached), verb)(X, X)
+    with pytest.raises(TypeError, match="missing a required argument: 'x'"):
+        getattr(cache_of(cached), verb)()

@@ -237,12 +237,27 @@ def test_an_edited_file_is_never_served_stale(form, per_row, tmp_path):
     assert cache_of(cached).stats.hits == (2 if per_row else 1)
 
 
-@pytest.mark.parametrize("form", FORMS_OF_PATHS)
-def test_a_missing_file_inside_a_row(form, tmp_path):
-    """A file that is not there raises what opening it would, wherever its path stands."""
-    args = FORMS_OF_PATHS[form](tmp_path / "gone")
+def test_a_missing_file_inside_a_row(tmp_path):
+    """A file that is not there raises what opening it would, where its path is inside of a row."""
+    args = FORMS_OF_PATHS["in a mapping"](tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="gone"):
         cached_module(Contents(), freeze=True)(*args)
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_shared_path_that_cannot_be_read(per_row, given, tmp_path):
+    """A path that all rows share may be where something is to be written: the call runs uncached, and says so."""
+    file = tmp_path / "not yet" / "there"
+    plain, cached = Contents(), cached_module(Contents(), freeze=True, per_row=per_row)
+    keys_of_rows = {"cache_keys": [1, 2] if per_row else [1]} if given else {}
+    with pytest.warns(CacheWarning, match="names a file that cannot be read .*not yet"):
+        assert torch.equal(cached(torch.eye(2), file, **keys_of_rows), plain(torch.eye(2), file))
+    file.parent.mkdir()
+    file.write_bytes(b"now")
+    for _ in range(2):
+        assert torch.equal(cached(torch.eye(2), file, **keys_of_rows), plain(torch.eye(2), file))
+    assert cache_of(cached).stats.hits == (2 if per_row else 1)
 
 
 def test_a_directory_as_a_shared_argument(tmp_path):

@@ -20,8 +20,8 @@ from ..errors import UsageError, UsageTypeError
 from .files import CHECKS, path_key
 from .given import given_keys, given_metas
 from .inside import files_key, holds_paths
-from .parts import Digested, Meta, Part, files_part, frame_seed, part_of, paths_part, row_keys
-from .registry import encode_registered, key_from, register_key_extractor
+from .parts import Digested, Meta, Part, files_part, frame_seed, part_of, paths_part, row_keys, shared_bytes
+from .registry import key_from, register_key_extractor
 from .tokens import TokenRows, find_tokens, name_of, token_keys, token_metas
 
 __all__ = ["Extractor", "custom", "path", "register_key_extractor", "tensor", "text", "tokens"]
@@ -256,7 +256,7 @@ def whole_keyed(extractor: Extractor, bound: Bound) -> Keyed:
     """
     content = extractor.whole(bound)
     if content is None:
-        content = b"".join(encode(name) + encode(value, encode_registered) for name, value in bound)
+        content = b"".join(encode(name) + shared_bytes(name, value) for name, value in bound)
     return Keyed([digest(frame(b"call", content))], 0, (("call",),), ())
 
 

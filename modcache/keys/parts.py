@@ -30,6 +30,7 @@ __all__ = [
     "part_of",
     "paths_part",
     "row_keys",
+    "shared_bytes",
     "shared_digests",
     "text_digests",
     "texts_part",
@@ -226,17 +227,24 @@ def frame_seed(metas: tuple[Meta, ...], batch: Batch) -> int:
     common = _frame_bytes(metas, batch.containers)
     if not batch.shared:
         return _seed(common)
-    return seed_of(common + b"".join(encode(path) + _shared_bytes(path, value) for path, value in batch.shared))
+    return seed_of(common + b"".join(encode(path) + shared_bytes(path, value) for path, value in batch.shared))
 
 
 _seed = functools.lru_cache(maxsize=4096)(seed_of)
 
 
-def _shared_bytes(path: str, value: object) -> bytes:
+def shared_bytes(path: str, value: object) -> bytes:
+    """The framed bytes of an argument that all rows share.
+
+    Raises:
+        NoContentError: naming the argument.
+    """
     try:
         return _object_bytes(value)
     except NoContentError as error:
         raise NoContentError(f"{path}: {error}") from None
+    except OSError as error:  # where to write to, maybe: only the module knows whether it reads that file
+        raise NoContentError(f"{path} names a file that cannot be read ({error})") from None
 
 
 def row_keys(parts: Sequence[Part], seed: int) -> list[bytes]:
