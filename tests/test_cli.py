@@ -19,7 +19,7 @@ from torch import nn
 
 import modcache
 from modcache.cli import main
-from modcache.cli.text import bytes_text, shortest, table
+from modcache.cli.columns import bytes_text, shortest, table
 from modcache.cli.words import COMMANDS, age_of, size_of
 from modcache.stores.disk.directory import Directory
 from modcache.stores.disk.manifest import write_manifest

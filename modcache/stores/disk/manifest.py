@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from .names import MANIFEST
 
-__all__ = ["TEMPORARY", "differences", "read_manifest", "write_manifest"]
+__all__ = ["TEMPORARY", "differences", "merged", "read_manifest", "write_manifest"]
 
 TEMPORARY: Final = re.compile(r"\.manifest-[0-9a-f]{16}\.tmp")
 """A manifest that is being written, or that a killed process left."""
@@ -164,3 +164,16 @@ def _shown(value: object) -> str:
     items = value if isinstance(value, list | tuple) else [value]
     text = ", ".join(["none" if item is None else str(item).removeprefix("torch.") for item in items])
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
+
+
+def merged(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a manifest after some were told anew; what is under "checked" is merged entry by entry.
+
+    >>> merged({"a": 1, "checked": {"x": [1]}}, {"b": 2, "checked": {"y": [2]}})
+    {'a': 1, 'checked': {'x': [1], 'y': [2]}, 'b': 2}
+    """
+    facts = {**(old or {}), **new}
+    checks = [found for found in ((old or {}).get("checked"), new.get("checked")) if isinstance(found, Mapping)]
+    if checks:
+        facts["checked"] = {name: value for check in checks for name, value in check.items()}
+    return facts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 import weakref
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .writing import abandon_all, close_all
+from .ending import abandon_all
 
 if TYPE_CHECKING:
     from .store import DiskStore
@@ -47,4 +46,3 @@ def _after_fork_in_child() -> None:  # pragma: no cover - in a forked child, whe
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-atexit.register(close_all)

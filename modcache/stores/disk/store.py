@@ -22,13 +22,13 @@ from . import room
 from .counting import Count, Counts
 from .descriptors import Descriptors
 from .directory import Directory
-from .manifest import read_manifest
+from .manifest import merged, read_manifest
 from .names import folder_of
 from .reading import Reading
 from .records import records_of
 from .sharing import note, shared
 from .tasks import Drop, Facts, Put, Use
-from .writing import Writing, merged
+from .writing import Writing
 
 if TYPE_CHECKING:
     from typing_extensions import Self

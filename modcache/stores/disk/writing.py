@@ -5,56 +5,39 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import multiprocessing.util
 import os
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Mapping
-from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ..index import KEY_BYTES, Places, cut_keys
+from . import ending
 from .admission import Admission
-from .appending import GoneError, SegmentWriter
+from .appending import GoneError
 from .catalogue import Catalogue, Entry
 from .counting import count_rows
 from .directory import Directory
 from .forks import undisturbed
-from .frames import SegmentHeader
-from .manifest import read_manifest, write_manifest
+from .manifest import merged, read_manifest, write_manifest
 from .names import CATALOGUE, ROWS_FOLDER, SegmentName, new_writer
 from .reading import Reading
 from .records import Buffers
 from .room import IN_USE
 from .tasks import Drop, Facts, Put, Queue, Sync, Task, Use
+from .writers import Writers
 
 if TYPE_CHECKING:
     from .segment import Segment
 
-__all__ = ["Writing", "abandon_all", "close_all", "merged"]
+__all__ = ["Writing"]
 
-_OPEN: Final = 32  # segments that are open for writing at once
 _PAUSE: Final = 60.0  # seconds after which a directory that refused is tried again
 _IDLE: Final = 1.0  # seconds after which what is reserved is given back
 _FRAME_BYTES: Final = 64
 _KEY_AND_SUM: Final = 24
-
-
-def merged(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of a manifest after some were told anew; what is under "checked" is merged entry by entry.
-
-    >>> merged({"a": 1, "checked": {"x": [1]}}, {"b": 2, "checked": {"y": [2]}})
-    {'a': 1, 'checked': {'x': [1], 'y': [2]}, 'b': 2}
-    """
-    facts = {**(old or {}), **new}
-    checks = [found for found in ((old or {}).get("checked"), new.get("checked")) if isinstance(found, Mapping)]
-    if checks:
-        facts["checked"] = {name: value for check in checks for name, value in check.items()}
-    return facts
 
 
 class Writing:
@@ -87,7 +70,7 @@ class Writing:
         self._name = new_writer()
         self._numbers = itertools.count()
         self._sign: int | None = None
-        self._writers: OrderedDict[Segment, tuple[Reading, SegmentWriter]] = OrderedDict()
+        self._writers = Writers(directory)
         self._uses: dict[str, float] = {}  # folders, and when this process used them
         self._paused_until = 0.0
         self._thread: threading.Thread | None = None
@@ -126,7 +109,7 @@ class Writing:
         """Queues a task, behind all others; the lock is held."""
         if self._queue.push(task) and not self._is_running():
             self._thread = threading.Thread(target=self._run, name="modcache-disk", daemon=True)
-            _note_running(self)
+            ending.note(self)
             self._thread.start()
 
     def flush(self) -> None:
@@ -153,8 +136,7 @@ class Writing:
 
     def abandon(self) -> None:  # pragma: no cover - in a forked child, where coverage does not look
         """In a forked child: what the parent queued and opened is the parent's alone."""
-        for _, writer in self._writers.values():
-            writer.close()
+        self._writers.close()
         if self._sign is not None:
             with contextlib.suppress(OSError):
                 os.close(self._sign)
@@ -172,13 +154,11 @@ class Writing:
                 self._abort("writing fails", f"{type(error).__name__}: {error}", tasks)
             self._queue.done(tasks)
             del tasks
-        for _, writer in self._writers.values():
-            writer.close()
-        self._writers.clear()
+        self._writers.close()
         if self._sign is not None:
             self._directory.sign_out(self._name, self._sign)
             self._sign = None
-        _running.discard(self)
+        ending.forget(self)
 
     def _rest(self) -> None:
         self._buffers.clear()
@@ -207,7 +187,7 @@ class Writing:
             return
         self._ready()
         try:
-            self._writer_of(reading, segment).drop(drop.keys, drop.stamp)
+            self._writers.of(reading, segment).drop(drop.keys, drop.stamp)
         except GoneError:
             # Somebody removed the segment, but others may have rows of these keys all the same.
             self._move(reading, segment, [])
@@ -220,7 +200,7 @@ class Writing:
             return
         self._ready()
         assert self._sign is not None
-        writer = self._writer_of(reading, segment)
+        writer = self._writers.of(reading, segment)
         count = sum(len(put.matrix) for put in puts)
         if not _follow(puts, writer.rows):  # an interrupt came while rows got their place
             with self._lock:
@@ -301,18 +281,6 @@ class Writing:
             self._directory.prepare()
             self._sign = self._directory.sign_in(self._name)
 
-    def _writer_of(self, reading: Reading, segment: Segment) -> SegmentWriter:
-        if segment not in self._writers:
-            for closed in [other for other in self._writers if other.closed]:
-                self._writers.pop(closed)[1].close()
-            made = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            header = SegmentHeader(segment.segment, reading.namespace, segment.layout, segment.name.writer, made)
-            self._writers[segment] = reading, SegmentWriter(self._directory, segment, header)
-        self._writers.move_to_end(segment)
-        for _, other in itertools.islice(self._writers.values(), max(0, len(self._writers) - _OPEN)):
-            other.close()
-        return self._writers[segment][1]
-
     def _describe(self, task: Facts) -> None:
         self._ready()
         self._directory.make_folder((ROWS_FOLDER, task.folder))
@@ -336,18 +304,7 @@ class Writing:
         self.evicted += 0 if counted is None else counted.rows
 
     def _sync(self) -> None:
-        folders = set()
-        for segment, (_, writer) in self._writers.items():
-            if writer.dirty and not segment.closed:
-                writer.sync()
-                folders.add(segment.folder)
-        for folder in folders:
-            with contextlib.suppress(OSError):
-                place = os.open(self._directory.place_of(folder), os.O_RDONLY)
-                try:
-                    os.fsync(place)
-                finally:
-                    os.close(place)
+        self._writers.sync()
         if self._sign is not None:
             self._admission.release(self._sign)
 
@@ -355,7 +312,7 @@ class Writing:
         """Gives up all rows that wait, and writes nothing for a while; what was committed stays readable."""
         with self._lock:
             waiting = [*self._queue.withdraw(), *(task for task in tasks if isinstance(task, Put))]
-            concerned = {segment: reading for segment, (reading, _) in self._writers.items()}
+            concerned = self._writers.readings()
             concerned |= {put.segment: put.reading for put in waiting}
             for segment, reading in concerned.items():
                 self.refused += reading.give_up(segment)
@@ -366,42 +323,11 @@ class Writing:
             )
             self.troubles.append((kind, text))
             old, self._name = self._name, new_writer()
-        for _, writer in self._writers.values():
-            with contextlib.suppress(OSError):
-                writer.sync()
-            writer.cut()
-            writer.close()
-        self._writers.clear()
+        self._writers.give_up()
         if self._sign is not None:
             self._directory.sign_out(old, self._sign)
             self._sign = None
         self._admission.forget()
-
-
-_running: set[Writing] = set()
-_finalized: int | None = None  # the process whose end by way of multiprocessing is seen to
-
-
-def _note_running(writing: Writing) -> None:
-    global _finalized
-    _running.add(writing)
-    if _finalized != os.getpid():
-        # A child of multiprocessing ends without what atexit was told, and forgets what its parent registered.
-        multiprocessing.util.Finalize(None, close_all, exitpriority=100)
-        _finalized = os.getpid()
-
-
-def close_all() -> None:
-    """Writes what waits, in all stores of the process."""
-    for writing in list(_running):
-        writing.close()
-
-
-def abandon_all() -> None:  # pragma: no cover - in a forked child, where coverage does not look
-    """In a forked child: nothing of what the parent has running is here."""
-    for writing in list(_running):
-        writing.abandon()
-    _running.clear()
 
 
 def _follow(puts: list[Put], rows: int) -> bool:
