@@ -141,6 +141,8 @@ def contained(memo: Memo, namespace: str, arguments: Arguments, given: Given | N
     """
     batch, keyed = keys_of(memo, arguments, given)
     refuse_blocked(memo, form_of(batch, keyed))
+    if torch.is_grad_enabled():
+        refuse_grad(arguments)
     return memo.contains(namespace, keyed.keys)
 
 
@@ -155,6 +157,8 @@ def explained(
     batch, keyed = keys_of(memo, arguments, given)
     form = form_of(batch, keyed)
     refuse_blocked(memo, form)
+    if torch.is_grad_enabled():
+        refuse_grad(arguments)
     found = memo.contains(namespace, keyed.keys)
     answers = memo.memory.explain(namespace, keyed, shared_digests(batch), found, namespaces)
     if memo.passed(namespace, form) is not None or len(set(keyed.keys)) < 2:

@@ -21,6 +21,7 @@ from .modes import without_given_keys
 from .recipe import Form
 from .rows import Rows
 from .theirs import noting
+from .undisturbed import contents_of, is_changed
 
 __all__ = ["Host", "Job", "Part", "Run", "apart", "fitted", "is_out_of_memory", "prepared", "run_rows", "run_uncached"]
 
@@ -112,7 +113,8 @@ def run_rows(job: Job, places: list[int], width: int) -> Run:
     batch = fitted(job.batch, job.keyed.tokens, width)
     whole = batch is job.batch and places == list(range(batch.size))
     taken = arguments if whole else arguments.taken(batch, places)
-    before = _versions(taken)
+    unknown = job.memo.passed(job.site.namespace, job.form) is None
+    before, contents = _versions(taken), contents_of(dict(taken.bound())) if unknown else []
     try:
         ready = prepared(job.memo.options, job.host.run, taken.args, taken.kwargs)
     except Exception as error:
@@ -125,7 +127,7 @@ def run_rows(job: Job, places: list[int], width: int) -> Run:
         if whole or is_out_of_memory(error):
             raise
         _only_whole_batches(job, error, "forward")
-    if before != _versions(taken):
+    if before != _versions(taken) or is_changed(contents):
         job.memo.block(job.form, "writes into its input")
         raise Bypass(
             "writes into its input",

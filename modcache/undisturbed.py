@@ -1,4 +1,4 @@
-"""Run a module once more than its user asked for, and leave what its forward notes on it as it was."""
+"""See what a run of a module changes: put back what it notes on itself, and tell whether it writes into its inputs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["undisturbed"]
+__all__ = ["contents_of", "is_changed", "undisturbed"]
 
 _OF_TORCH = frozenset(vars(nn.Module())) | {"_modcache"}
 _MISSING = object()
@@ -40,6 +41,44 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+Contents = list[tuple[Any, Any]]
+"""Lists, dicts, sets and arrays, each with what it held."""
+
+
+def contents_of(value: object) -> Contents:
+    """What the lists, dicts, sets and arrays of an argument hold now, however deep; tensors count their writes."""
+    found: Contents = []
+    waiting, seen = [value], {id(value)}
+    while waiting:
+        item = waiting.pop()
+        inside: list[Any] = []
+        if type(item) in (np.ndarray, np.memmap) and not item.dtype.hasobject:  # type: ignore[attr-defined]
+            found.append((item, item.copy()))  # type: ignore[attr-defined]
+        elif _is_container(item):
+            found.append((item, _items(item)))
+            inside = list(item.values()) if isinstance(item, dict) else list(item)  # type: ignore[call-overload]
+        elif isinstance(item, tuple):
+            inside = list(item)
+        if inside and set(map(type, inside)) != {str}:
+            new = [one for one in inside if id(one) not in seen]
+            seen.update(map(id, new))
+            waiting += new
+    return found
+
+
+def is_changed(contents: Contents) -> bool:
+    """Whether any of these holds something else now."""
+    return any(
+        item.tobytes() != held.tobytes() if isinstance(item, np.ndarray) else not _holds(item, held)
+        for item, held in contents
+    )
+
+
+def _holds(container: Any, items: list[Any]) -> bool:
+    now = _items(container)
+    return len(now) == len(items) and all(map(_same, now, items))
+
+
 def _own(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in _OF_TORCH}
 
@@ -66,8 +105,7 @@ def _items(container: Any) -> list[Any]:
 
 
 def _refill(container: Any, items: list[Any]) -> None:
-    now = _items(container)
-    if len(now) == len(items) and all(map(_same, now, items)):
+    if _holds(container, items):
         return
     container.clear()
     if isinstance(container, dict | set):

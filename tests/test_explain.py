@@ -272,3 +272,16 @@ def test_arguments_that_do_not_fit(verb):
         getattr(cache_of(cached), verb)(X, X)
     with pytest.raises(TypeError, match="missing a required argument: 'x'"):
         getattr(cache_of(cached), verb)()
+
+
+def test_an_input_that_needs_grad_is_told():
+    """Its rows are stored, but such a call is bypassed while grad mode is on; without it, it hits."""
+    cached = cached_module(encoder(), freeze=True)
+    batch = torch.randn(4, 3)
+    cached(batch)
+    needy = batch.clone().requires_grad_()
+    assert cache_of(cached).contains(needy) == [False] * 4
+    assert "an input needs grad" in str(cache_of(cached).explain(needy)[0])
+    with torch.no_grad():
+        assert cache_of(cached).contains(needy) == [True] * 4
+        assert cache_of(cached).explain(needy)[0].hit

@@ -7,6 +7,7 @@ import dataclasses
 import warnings
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -340,6 +341,34 @@ def test_in_place_on_lists_and_dicts():
             a, b = {"x": X, "y": X}, {"x": X, "y": X}
             assert_same(cached(a), plain(b))
             assert list(a) == list(b)
+
+
+WRITES = {
+    "a list": (lambda: ["A", "BB"], lambda rows: rows.__setitem__(0, rows[0].lower())),
+    "a list in a dict": (lambda: {"rows": [1.0, 2.0]}, lambda batch: batch["rows"].append(3.0)),
+    "a new key": (lambda: {"rows": [1.0, 2.0]}, lambda batch: batch.__setitem__("more", 1)),
+    "an array": (lambda: np.ones((2, 3)), lambda array: array.__imul__(2)),
+    "an array of a tuple": (lambda: (np.ones((2, 3)), None), lambda pair: pair[0].__imul__(2)),
+}
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_in_place_on_arrays_and_lists(kind):
+    """What a forward writes into what it is given is written on every call; only tensors count their own writes."""
+    made, writes = WRITES[kind]
+
+    def function(value):
+        writes(value)
+        return torch.ones(2, 1)
+
+    module = cached_module(Apply(function).eval())
+    with pytest.warns(CacheWarning, match="changes an input in place"):
+        module(made())
+    for _ in range(3):
+        found, expected = made(), made()
+        module(found)
+        writes(expected)
+        assert repr(found) == repr(expected)
 
 
 def test_outputs_of_hits_are_ordinary():

@@ -2,12 +2,13 @@
 
 from collections import deque
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from modcache import CacheWarning, cached_module
-from modcache.undisturbed import undisturbed
+from modcache.undisturbed import contents_of, is_changed, undisturbed
 
 
 class Notes(nn.Module):
@@ -144,3 +145,19 @@ def test_a_module_with_a_state_goes_on_as_if_it_had_not_been_checked(kind):
             batch = torch.randn(4, 3)
             torch.testing.assert_close(module(batch), plain(batch))
             torch.testing.assert_close(module(batch), plain(batch))
+
+
+def test_what_an_argument_holds_is_compared():
+    """Lists, dicts and arrays, however deep; a text or a tuple holds nothing that could be changed."""
+    inner, array = [1.0, 2.0], np.zeros(3)
+    table = {"inner": (inner, array), "text": ["a", "b"]}
+    table["table"] = table
+    contents = contents_of(table)
+    assert not is_changed(contents)
+    array[1] = -0.0
+    assert is_changed(contents)
+    array[1] = 0.0
+    assert not is_changed(contents)
+    inner[1] = float("2.0")
+    assert is_changed(contents), "another object, of which the forward may have made the old one"
+    assert contents_of("text") == contents_of((1, "a")) == []
