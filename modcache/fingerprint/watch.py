@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import bisect
 import copy
 import enum
-import functools
 import itertools
 import operator
-import sys
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +15,12 @@ from torch.nn.modules import module as torch_module
 
 from ..tensors import is_readable
 from .follow import installed_class
+from .outside import Outside
 from .probe import SETS, DeviceProbe, HostProbe
+from .turns import MOST_TURNS, Places, Turns, getter, in_pieces
 from .walk import GLOBAL_HOOKS, Walk, submodules
 
 if TYPE_CHECKING:
-    import contextvars
     from collections.abc import Callable, Iterable
 
 _chain = itertools.chain.from_iterable
@@ -32,16 +30,12 @@ _version = operator.attrgetter("_version")
 _training = operator.itemgetter("training")
 _requires_grad = operator.attrgetter("requires_grad")
 _forward = operator.attrgetter("forward")
-_contents = operator.attrgetter("cell_contents")
 _code = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _body = types.MappingProxyType.values
 _INSIDE = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
 _inside = operator.itemgetter(*_INSIDE)
-_PARTS = 16
-_MOST_PARTS = 64
-_PART = 1 << 12  # values that a check looks at in turn, if there are so many that they need more parts
 _FORMS_AT_ONCE = 64  # tensors whose shape and strides are compared in each check; those of more are, in turn
-LATE_WITHIN = max(_MOST_PARTS, SETS)
+LATE_WITHIN = max(MOST_TURNS, SETS)
 """After how many checks a late move is noticed at the latest, if anything that is looked at shows it."""
 
 
@@ -78,7 +72,7 @@ class Watch:
         self._classes = [cls for cls in classes if not issubclass(cls, torch.jit.ScriptModule)]
         self._forwards = list(map(_forward, self._classes))
         self._inside(module)
-        self._outside(found)
+        self._outside = Outside(found.seen)
         self._attributes(found, module)
         self._in_turn(found)
         self._flags(module)
@@ -106,41 +100,6 @@ class Watch:
         self._global_hooks = [vars(torch_module)[name] for name in GLOBAL_HOOKS]
         self._global_copies = [dict(hooks) for hooks in self._global_hooks]
 
-    def _outside(self, found: Walk) -> None:
-        """Containers, closures and classes that the walk came across."""
-        seen = found.seen
-        containers = sorted([*seen.mappings.values(), *seen.sequences.values()], key=_count)
-        total = list(itertools.accumulate(map(_count, containers)))
-        few = bisect.bisect_right(total, _AT_ONCE)
-        self._mappings = [value for value in containers[:few] if isinstance(value, dict)]
-        self._sequences = [value for value in containers[:few] if not isinstance(value, dict)]
-        self._large = containers[few:]  # by length each time, by their items in turn
-        # The bodies of the user's own classes; those of installed ones are looked at in turn.
-        own = [cls for cls in seen.classes.values() if cls not in seen.busy and not installed_class(cls)]
-        self._bodies = [vars(cls) for cls in own]
-        self._sized = [*self._mappings, *self._sequences, *self._bodies, *self._large]
-        self._sizes = list(map(len, self._sized))
-        self._cells = [cell for cell, _ in seen.cells.values()]
-        self._items = list(self._all_items())
-        self._empty_slots = [(value, name) for value, _, empty in seen.slotted.values() for name in empty]
-        self._memories = list(seen.memories.values())
-        self._bytes = list(map(bytes, self._memories))
-        self._absent = tuple(seen.absent)
-        self._variables, self._locals = list(seen.variables.values()), list(seen.locals.values())
-        self._current = self._all_current()
-        self._any_current = bool(self._variables or self._locals)
-        others = self._empty_slots, self._memories, self._absent, self._variables, self._locals
-        self._any_outside = bool(self._sized or self._cells or any(others))
-
-    def _all_items(self) -> Iterable[object]:
-        return itertools.chain(
-            _chain(self._mappings),
-            _chain(map(dict.values, self._mappings)),
-            _chain(self._sequences),
-            _chain([body.values() for body in self._bodies]),
-            map(_contents, self._cells),
-        )
-
     def _attributes(self, found: Walk, module: nn.Module) -> None:
         """Plain attributes and the globals that code reads, grouped by names: one getter for many dicts."""
         groups: dict[tuple[str, ...], list[Any]] = {}
@@ -157,10 +116,10 @@ class Watch:
         for value, filled, _ in found.seen.slotted.values():
             if filled:
                 slots.setdefault(filled, []).append(value)
-        self._groups = [(_getter(names), dicts) for names, dicts in groups.items()]
-        self._groups += [(_getter(names, operator.attrgetter), objects) for names, objects in slots.items()]
+        self._groups = [(getter(names), dicts) for names, dicts in groups.items()]
+        self._groups += [(getter(names, operator.attrgetter), objects) for names, objects in slots.items()]
         own = found.attributes.get("", ())
-        self._own = _getter(own) if own else _nothing
+        self._own = getter(own) if own else _nothing
         self._own_values = self._own(vars(module))
         self._values = list(self._all_values())
 
@@ -181,7 +140,7 @@ class Watch:
             and (not self._singles or self._same_singles())
             and (not self._modules or self._same_below())
             and (not self._groups or all(map(_is, self._all_values(), self._values)))
-            and (not self._any_outside or self._same_outside())
+            and (not self._outside.anything or self._outside.same())
         )
 
     def _same_singles(self) -> bool:
@@ -195,50 +154,22 @@ class Watch:
             and not any(self._empty)
         )
 
-    def _same_outside(self) -> bool:
-        return (
-            list(map(len, self._sized)) == self._sizes
-            and all(map(_is, self._all_items(), self._items))
-            and not any(itertools.starmap(hasattr, self._empty_slots))
-            and list(map(bytes, self._memories)) == self._bytes
-            and not self.imported()
-            and (not self._any_current or self._same_current())
-        )
-
-    def imported(self) -> bool:
-        """Whether a Python module that code imports when it runs is there now, and was not before."""
-        return any(map(sys.modules.__contains__, self._absent))
-
-    def _all_current(self) -> list[object]:
-        """What context variables and thread-local objects hold for whoever asks."""
-        fields = list(map(vars, self._locals))
-        return [*map(_bound_to, self._variables), *_chain(fields), *_chain(map(dict.values, fields))]
-
-    def _same_current(self) -> bool:
-        now = self._all_current()
-        return len(now) == len(self._current) and all(map(_is, now, self._current))
-
     def _in_turn(self, found: Walk) -> None:
         """What hardly ever changes is looked at a part at a time, so a change may be noticed late.
 
         The code and defaults of functions (a reloader puts new code into old functions), the bodies of
         installed classes besides ``forward``, and what a torch layer's own ``forward`` does not read.
         """
-        places: list[tuple[Callable[[Any], Iterable[object]], Any]] = [
-            (_code, function) for function in found.seen.functions.values()
-        ]
+        places: Places = [(_code, function) for function in found.seen.functions.values()]
         theirs = [cls for cls in found.seen.classes.values() if cls not in found.seen.busy and installed_class(cls)]
         places += [(_body, vars(cls)) for cls in theirs]
-        places += [(_getter(names), vars(found.modules[name])) for name, names in found.idle.items() if name]
-        places += [piece for value in self._large for piece in _pieces(value)]
-        self._parts = _even_parts(places)
-        self._part_values = [list(_fetched(part)) for part in self._parts]
+        places += [(getter(names), vars(found.modules[name])) for name, names in found.idle.items() if name]
+        places += in_pieces(self._outside.later)
+        self._turns = Turns(places)
 
-    def same_in_turn(self, turn: int) -> bool:
-        """Whether this turn's part of what hardly ever changes is the same."""
-        number = turn % len(self._parts)
-        now, values = list(_fetched(self._parts[number])), self._part_values[number]
-        return len(now) == len(values) and all(map(_is, now, values))
+    def imported(self) -> bool:
+        """Whether a Python module that code imports when it runs is there now, and was not before."""
+        return self._outside.imported()
 
     # --- flags ---
 
@@ -364,7 +295,7 @@ class Watch:
                 return Moved.FLAGS
             if not weights:
                 return None
-            return self.same_weights(turn) or (None if self.same_in_turn(turn) else Moved.LATE)
+            return self.same_weights(turn) or (None if self._turns.same(turn) else Moved.LATE)
         except Exception:  # a name is gone, a tensor met its replacement, a storage was freed
             return Moved.STRUCTURE
 
@@ -386,72 +317,6 @@ def _on_host(leaf: object) -> bool:
 
 def _array_pointer(array: Any) -> tuple[object, ...]:
     return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype
-
-
-def _getter(names: tuple[str, ...], get: Any = operator.itemgetter) -> Callable[[Any], tuple[object, ...]]:
-    # A getter of one name gives the bare value; asked for the name twice it gives a tuple, like the others.
-    made: Callable[[Any], tuple[object, ...]] = get(*names) if len(names) > 1 else get(names[0], names[0])
-    return made
-
-
-_UNBOUND = object()
-
-
-def _bound_to(variable: contextvars.ContextVar[Any]) -> object:
-    return variable.get(_UNBOUND)
-
-
-_AT_ONCE = 1 << 14
-"""Items of containers that are compared in each check, a third of a millisecond; those of larger ones are in turn."""
-
-_PIECE = 1 << 10
-
-
-def _count(value: Any) -> int:
-    """How many comparisons a container takes."""
-    return 2 * len(value) if isinstance(value, dict) else len(value)
-
-
-def _pieces(value: Any) -> Iterable[tuple[Callable[[Any], Iterable[object]], Any]]:
-    """A container of very many items, some at a time; the order of a dict or set is not looked at again."""
-    if isinstance(value, dict | set):
-        keys = list(value)
-        for start in range(0, len(keys), _PIECE):
-            names = tuple(keys[start : start + _PIECE])
-            yield (_getter(names) if isinstance(value, dict) else functools.partial(_held, names)), value
-        return
-    for start in range(0, len(value), _PIECE):
-        yield functools.partial(_piece, start=start), value
-
-
-def _held(items: tuple[object, ...], value: set[object]) -> Iterable[object]:
-    return filter(value.__contains__, items)
-
-
-def _piece(value: Any, start: int) -> Iterable[object]:
-    if isinstance(value, list):
-        return value[start : start + _PIECE]
-    return itertools.islice(value, start, start + _PIECE)
-
-
-_Places = list[tuple["Callable[[Any], Iterable[object]]", Any]]
-
-
-def _fetched(places: _Places) -> Iterable[object]:
-    return _chain([get(place) for get, place in places])
-
-
-def _even_parts(places: _Places) -> list[_Places]:
-    """The places in parts that hold about as many values each, so that no turn takes much longer than another."""
-    sized = sorted(((len(list(get(place))), at) for at, (get, place) in enumerate(places)), reverse=True)
-    total = sum(size for size, _ in sized)
-    parts: list[_Places] = [[] for _ in range(min(max(_PARTS, total // _PART), _MOST_PARTS))]
-    sizes = [0] * len(parts)
-    for size, number in sized:
-        least = sizes.index(min(sizes))
-        parts[least].append(places[number])
-        sizes[least] += size
-    return parts
 
 
 def _nothing(_: object) -> tuple[object, ...]:

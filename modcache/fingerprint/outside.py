@@ -1,0 +1,93 @@
+"""Look again at what modules refer to: containers, closures, classes, slots, context variables, imports."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .follow import installed_class
+from .turns import LONG, parted
+
+if TYPE_CHECKING:
+    import contextvars
+    from collections.abc import Iterable
+
+    from .seen import Seen
+
+__all__ = ["Outside"]
+
+_chain = itertools.chain.from_iterable
+_is = operator.is_
+_contents = operator.attrgetter("cell_contents")
+
+
+class Outside:
+    """What a walk came across beside the attributes of modules, and what was there.
+
+    Args:
+        seen: what the walk came across.
+    """
+
+    def __init__(self, seen: Seen) -> None:
+        at_once, self.later = parted([*seen.mappings.values(), *seen.sequences.values()])
+        self._mappings = [value for value in at_once if isinstance(value, dict)]
+        self._sequences = [value for value in at_once if not isinstance(value, dict)]
+        # The bodies of the user's own classes; those of installed ones are looked at in turn.
+        own = [cls for cls in seen.classes.values() if cls not in seen.busy and not installed_class(cls)]
+        self._bodies = [vars(cls) for cls in own]
+        self._sized = [*self._mappings, *self._sequences, *self._bodies]
+        self._sized += [value for value in self.later if len(value) > LONG]  # a small one shows its length in turn
+        self._sizes = list(map(len, self._sized))
+        self._cells = [cell for cell, _ in seen.cells.values()]
+        self._items = list(self._all_items())
+        self._empty_slots = [(value, name) for value, _, empty in seen.slotted.values() for name in empty]
+        self._memories = list(seen.memories.values())
+        self._bytes = list(map(bytes, self._memories))
+        self._absent = tuple(seen.absent)
+        self._variables, self._locals = list(seen.variables.values()), list(seen.locals.values())
+        self._current = self._all_current()
+        self._any_current = bool(self._variables or self._locals)
+        others = self._empty_slots, self._memories, self._absent, self._variables, self._locals
+        self.anything = bool(self._sized or self._cells or any(others))
+
+    def _all_items(self) -> Iterable[object]:
+        return itertools.chain(
+            _chain(self._mappings),
+            _chain(map(dict.values, self._mappings)),
+            _chain(self._sequences),
+            _chain([body.values() for body in self._bodies]),
+            map(_contents, self._cells),
+        )
+
+    def same(self) -> bool:
+        """Whether all of it is the very same; of large containers, the length."""
+        return (
+            list(map(len, self._sized)) == self._sizes
+            and all(map(_is, self._all_items(), self._items))
+            and not any(itertools.starmap(hasattr, self._empty_slots))
+            and list(map(bytes, self._memories)) == self._bytes
+            and not self.imported()
+            and (not self._any_current or self._same_current())
+        )
+
+    def imported(self) -> bool:
+        """Whether a Python module that code imports when it runs is there now, and was not before."""
+        return any(map(sys.modules.__contains__, self._absent))
+
+    def _all_current(self) -> list[object]:
+        """What context variables and thread-local objects hold for whoever asks."""
+        fields = list(map(vars, self._locals))
+        return [*map(_bound_to, self._variables), *_chain(fields), *_chain(map(dict.values, fields))]
+
+    def _same_current(self) -> bool:
+        now = self._all_current()
+        return len(now) == len(self._current) and all(map(_is, now, self._current))
+
+
+_UNBOUND = object()
+
+
+def _bound_to(variable: contextvars.ContextVar[Any]) -> object:
+    return variable.get(_UNBOUND)
