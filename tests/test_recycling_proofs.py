@@ -110,14 +110,12 @@ class Deciding(nn.Module):
 @pytest.mark.parametrize("name", ASKING)
 def test_what_python_is_told_is_in_the_key(name: str) -> None:
     """An input that only decides by the shape or the text of something is in the key, so no other row is served."""
-    model, plain = both(Deciding(ASKING[name]))
+    model = Deciding(ASKING[name]).eval()
     x, ones = torch.randn(8, WIDTH), torch.ones(8, WIDTH)
-    padded = ones.clone()
-    padded[:, 5:] = 0
     recycle(model, at="head", batch=(x, ones))
     assert cache_of(model).cut.inputs == ("mask", "x")
-    for mask in (ones, padded):
-        torch.testing.assert_close(model(x, mask), plain(x, mask))
+    ones[:, 5:] = 0
+    assert not any(cache_of(model).contains(x, ones))
 
 
 @pytest.mark.parametrize("name", ASKING)
@@ -130,3 +128,119 @@ def test_another_way_by_one_row_of_a_batch_is_noticed(name: str) -> None:
     ones[3, 5:] = 0
     with pytest.raises(CutError, match="the model decides by values"):
         model(x, ones)
+
+
+class Longest(nn.Module):
+    """Before the cut, it scales all rows by whether the longest of the batch is a short one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        longest = int(mask.sum(1).max())
+        return self.head(self.trunk(x * (2.0 if longest < WIDTH else 1.0)))
+
+
+def masks(*lengths: int) -> torch.Tensor:
+    return (torch.arange(WIDTH) < torch.tensor(lengths)[:, None]).float()
+
+
+def test_a_new_way_is_proved_on_the_rows_that_are_stored() -> None:
+    """A row that misses and takes another way alone than its batch takes is not stored: such a model is refused."""
+    model = Longest().eval()
+    x = torch.randn(8, WIDTH)
+    recycle(model, at="head", batch=(x, masks(*[8] * 8)))
+    model(x[:7], masks(*[8] * 7))
+    with pytest.raises(CutError, match="among other rows"):
+        model(x, masks(*[8] * 7, 5))
+
+
+def test_a_new_way_is_proved_beside_rows_of_others() -> None:
+    """Batches that are all short and all long agree in themselves, but not with each other in one batch."""
+    model, plain = both(Longest())
+    x = torch.randn(8, WIDTH)
+    recycle(model, at="head")
+    torch.testing.assert_close(model(x, masks(*[8] * 8)), plain(x, masks(*[8] * 8)))
+    with pytest.raises(CutError, match="among other rows"):
+        model(-x, masks(*[5] * 8))
+
+
+# --- what ways cost ---------------------------------------------------------------------------------------
+
+
+class Averaged(nn.Module):
+    """Before the cut, it looks at the length of each row in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = Counted(), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scale = torch.tensor([1.0 / length for length in mask.sum(1).tolist()])
+        return self.head(self.trunk(x * mask * scale[:, None]))
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        RUNS.append(len(x))
+        return self.linear(x)
+
+
+RUNS: list[int] = []
+
+
+def test_a_value_that_is_another_in_each_batch_is_not_looked_at_for_ever() -> None:
+    """After some batches, answers that never decided anything are data: hits run nothing, and none is kept."""
+    model, plain = both(Averaged())
+    x, mask = torch.randn(64, WIDTH), masks(*torch.randint(1, WIDTH + 1, (64,)).tolist())
+    recycle(model, at="head")(x, mask)
+    for _ in range(20):
+        RUNS.clear()
+        order = torch.randperm(64)[:16]
+        torch.testing.assert_close(model(x[order], mask[order]), plain(x[order], mask[order]))
+        RUNS.pop()  # that of the plain one
+    assert RUNS == []
+    ways = vars(model)["_modcache"]._resuming._ways
+    assert not any(known.by_values for known in ways.values())
+
+
+def test_a_single_row_on_a_new_way_is_looked_at_beside_others() -> None:
+    """Single rows, as a service is asked for them, are stored and known once they were seen among earlier rows."""
+    model, plain = both(Averaged())
+    x, mask = torch.randn(8, WIDTH), masks(1, 2, 3, 4, 5, 6, 7, 8)
+    recycle(model, at="head", batch=(x[:4], mask[:4]))(x[:4], mask[:4])
+    for _ in range(2):
+        RUNS.clear()
+        torch.testing.assert_close(model(x[6:7], mask[6:7]), plain(x[6:7], mask[6:7]))
+        RUNS.pop()
+    assert RUNS == []
+
+
+class Worded(nn.Module):
+    """Before the cut, it asks whether there is padding, and does without a mask where there is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mid, self.head = nn.Embedding(10, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.words(input_ids)
+        if not bool(attention_mask.all()):
+            hidden = hidden * attention_mask[:, :, None]
+        hidden = self.mid(hidden) * attention_mask[:, :, None]
+        return self.head(hidden.sum(1))
+
+
+def test_padding_of_token_rows_is_not_compared() -> None:
+    """Token rows are stored without what a way leaves at masked positions, so that is no reason to refuse it."""
+    model, plain = both(Worded())
+    ids, mask = torch.randint(1, 10, (12, WIDTH)), masks(8, 8, 8, 8, 3, 4, 5, 6, 2, 2, 2, 2).long()
+    recycle(model, at="mid", key="tokens", batch={"input_ids": ids[:4], "attention_mask": mask[:4]})
+    for order in ([0, 1, 2, 3], [4, 5, 6, 7], [0, 4, 1, 5], [8, 9, 6, 2], [3, 9]):
+        given = {"input_ids": ids[order], "attention_mask": mask[order]}
+        torch.testing.assert_close(model(**given), plain(**given))

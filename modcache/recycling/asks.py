@@ -102,14 +102,14 @@ def name_of(func: Callable[..., Any]) -> str:
     return str(name)
 
 
-def answer_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> str | None:
-    """What Python gets to know of values by a call of torch, beside new tensors of a shape that says nothing."""
+def answer_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
+    """What Python gets to know of values by a call of torch, beside tensors of a shape that says nothing; else None."""
     if name in _ANSWERS:
-        return str(result)
+        return result
     if name in _CARRIES_AWAY:
-        return f"time {next(_numbers)}"  # what happens to it there, nobody sees: every time is a new one
+        return "time", next(_numbers)  # what happens to it there, nobody sees: every time is a new one
     if name in _SIZES or _sizes_by_values(name, args, kwargs, result):
-        return str([tuple(leaf.shape) for _, leaf in located(result)])
+        return [tuple(leaf.shape) for _, leaf in located(result)]
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,52 @@ from torch.overrides import TorchFunctionMode
 from .asks import answer_of
 from .trace import Mark, Trace
 
-__all__ = ["Branch", "Branches"]
+__all__ = ["Branch", "Branches", "Ways"]
 
 Branch = tuple[object, ...]
 """Where Python asked a tensor for a value, and what the answer was; or where it called a function of torch at all."""
 
+_WITH_ANSWER = 5
+
 _TORCHS = str(Path(torch.__file__).parent)
 _codes: dict[int, types.CodeType] = {}  # an id must not be used again
+
+
+_MANY = 16
+"""How often other answers at one place are looked at. After that they are data, and decide nothing."""
+
+
+class Ways:
+    """The ways to a cut that were looked at."""
+
+    def __init__(self) -> None:
+        self._places: set[Branch] = set()
+        self._answers: dict[Branch, set[object]] = {}
+        self._looks: Counter[Branch] = Counter()
+
+    def __contains__(self, way: Branch) -> bool:
+        """Whether it was looked at."""
+        return way in self._places or way[-1] in self._answers.get(way[:-1], ())
+
+    @property
+    def by_values(self) -> bool:
+        """Whether any depends on values."""
+        return bool(self._answers)
+
+    def learn(self, ways: Iterable[Branch]) -> None:
+        """These were looked at, together."""
+        answered = set()
+        for way in ways:
+            if len(way) == _WITH_ANSWER:
+                self._answers.setdefault(way[:-1], set()).add(way[-1])
+                answered.add(way[:-1])
+            else:
+                self._places.add(way)
+        self._looks.update(answered)
+        for place in answered:
+            if self._looks[place] >= _MANY:
+                self._places.add(place)
+                del self._answers[place]
 
 
 class Branches(TorchFunctionMode):
@@ -31,9 +71,9 @@ class Branches(TorchFunctionMode):
         trace: tells what a value was made of.
     """
 
-    def __init__(self, known: set[Branch] | frozenset[Branch] = frozenset(), trace: Trace | None = None) -> None:
+    def __init__(self, known: Ways | None = None, trace: Trace | None = None) -> None:
         super().__init__()
-        self._known = known
+        self._known = Ways() if known is None else known
         self.trace = trace
         self.new: set[Branch] = set()
         self.marks: dict[Branch, frozenset[Mark]] = {}
@@ -70,5 +110,5 @@ class Branches(TorchFunctionMode):
         place = (code.co_filename, code.co_firstlineno, code.co_name, frame.f_lasti)
         if self.trace is not None:
             self.marks[place] = self.marks.get(place, frozenset()) | self.trace.all_marks(args)
-        if place not in self._known and (*place, answer) not in self._known:
-            self.new.add((*place, answer))
+        if place not in self._known and (way := (*place, str(answer))) not in self._known:
+            self.new.add(way)

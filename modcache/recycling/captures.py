@@ -10,7 +10,7 @@ import torch
 from ..arguments import Arguments
 from ..errors import CutError
 from ..selfcheck import preserved_randomness
-from .axes import agree, rows_agree, to_rows
+from .axes import agree, to_rows
 from .branches import Branches
 from .ghosts import Origin
 from .kinds import Asked, owned
@@ -24,9 +24,7 @@ __all__ = [
     "capture",
     "captured_rows",
     "not_reached",
-    "refuse_coupled",
     "refuse_feeding",
-    "refuse_other_rows",
     "rows_of_capture",
     "shapes_of",
     "value_in",
@@ -110,28 +108,6 @@ def rows_of_capture(plan: Plan, found: Found) -> tuple[torch.Tensor, ...]:
     return tuple(tensors)
 
 
-def refuse_coupled(plan: Plan, shadow: Shadow, forward: Callable[..., Any], asked: Asked, at: Branches) -> None:
-    """Look at a batch that took a way that was never looked at: do its rows come out the same among others?
-
-    Raises:
-        CutError: they do not.
-    """
-    count = asked.batch.size
-    few = slice(0, 2)
-    parts = [slice(0, count, 2), slice(1, count, 2), *([few] if count > 4 else [])]
-    whole = captured_rows(plan, shadow, forward, asked, slice(0, count), at)
-    for part in parts:
-        for stored, rows, some in zip(
-            plan.per_row, whole, captured_rows(plan, shadow, forward, asked, part, at), strict=True
-        ):
-            if some.shape[1:] != rows.shape[1:] or not rows_agree(rows[part], some, plan.floor):
-                raise CutError(
-                    f"{plan.at}: on the way to the cut the model decides by values or sizes of the whole batch, and "
-                    f"{stored} comes out otherwise for a row among other rows. Cut at an earlier submodule, or make "
-                    "the way the same."
-                )
-
-
 def captured_rows(
     plan: Plan, shadow: Shadow, forward: Callable[..., Any], asked: Asked, part: slice, at: Branches
 ) -> tuple[torch.Tensor, ...]:
@@ -177,21 +153,3 @@ def _same(rows: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> b
         one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
         for one, other in zip(rows, others, strict=True)
     )
-
-
-def refuse_other_rows(
-    plan: Plan, shadow: Shadow, forward: Callable[..., Any], asked: Asked, stored: tuple[torch.Tensor, ...]
-) -> None:
-    """A batch took a way that was never looked at: is it what is stored of its rows?
-
-    Raises:
-        CutError: it is not.
-    """
-    again = captured_rows(plan, shadow, forward, asked, slice(None), Branches())
-    for kept, old, new in zip(plan.per_row, stored, again, strict=True):
-        if old.shape != new.shape or not rows_agree(old, new, plan.floor):
-            raise CutError(
-                f"{plan.at}: on the way to the cut the model decides by values, by sizes or by what earlier calls left "
-                f"behind, and {kept} comes out otherwise than it was stored. Cut at an earlier submodule, or make the "
-                "way the same."
-            )

@@ -13,11 +13,12 @@ from ..fingerprint import context
 from ..memo import Bypass
 from ..selfcheck import preserved_randomness
 from .axes import from_rows
-from .branches import Branch, Branches
-from .captures import capture, refuse_coupled, refuse_feeding, refuse_other_rows, rows_of_capture, shapes_of
+from .branches import Branch, Branches, Ways
+from .captures import capture, refuse_feeding, rows_of_capture, shapes_of
 from .ghosts import Ghost, Origin, unwrapped
 from .kinds import Asked, first_row, inputs_of, owned, rows_in, with_inputs
 from .plan import Plan, Shapes
+from .proving import Proof, Sample, sample_of
 from .runs import Capture, Resume
 from .shadow import Shadow, running
 from .trees import fill_inside, mapped
@@ -26,6 +27,8 @@ from .trunk import Parted, capturing
 __all__ = ["Call", "Resuming", "inputs_of_trunk"]
 
 _SIZES = 512
+_SAMPLED = 8
+_SAMPLES = 8
 
 
 class Call(NamedTuple):
@@ -48,6 +51,14 @@ class Call(NamedTuple):
     keys: Any
 
 
+class _RefusedError(BaseException):
+    """Carries an error past those who would take it for one of some rows, and run the trunk on all of them."""
+
+    def __init__(self, error: CutError) -> None:
+        super().__init__()
+        self.error = error
+
+
 class Resuming:
     """What calls of a recycled model remember of each other: shapes before the cut, and ways to it that were looked at.
 
@@ -58,15 +69,17 @@ class Resuming:
     def __init__(self, cut_requires_grad: bool) -> None:
         self._cut_requires_grad = cut_requires_grad
         self._shapes: dict[tuple[object, ...], Shapes] = {}
-        self._ways: dict[tuple[object, ...], set[Branch]] = {}
+        self._ways: dict[tuple[object, ...], Ways] = {}
+        self._samples: dict[tuple[object, ...], list[Sample]] = {}
 
     def looked_at(self, asked: Asked, ways: frozenset[Branch]) -> None:
         """A probe looked at these ways."""
-        self._ways.setdefault(asked.kind, set()).update(ways)
+        self._ways.setdefault(asked.kind, Ways()).learn(ways)
 
     def forget(self) -> None:
         """The model is another one."""
         self._shapes.clear()
+        self._samples.clear()
 
     def __call__(self, call: Call) -> Any:
         """What the model gives."""
@@ -74,11 +87,12 @@ class Resuming:
         kept = owned(given)  # the model's own code may take things out of what it is given, and is yet to be given it
         asked = call.asked._replace(arguments=kept)
         call = call._replace(asked=asked)
-        known = self._ways.setdefault(asked.kind, set())
-        ways, made = Branches(known), list[Shapes]()
+        known = self._ways.setdefault(asked.kind, Ways())
+        ways, made, looked = Branches(known), list[Shapes](), False
         inputs = inputs_of(asked, plan.wanted)
 
         def run(given: dict[str, Any]) -> Any:
+            nonlocal looked
             whole = all(given.get(path) is value for path, value in inputs.items())
             arguments = asked.arguments if whole else with_inputs(asked, given, rows_in(asked, given))
             with preserved_randomness():  # what a hit does not draw, a miss must not draw either
@@ -87,32 +101,72 @@ class Resuming:
                 made.append(shapes_of(plan, found, rows_in(asked, given)))
             rows = rows_of_capture(plan, found)
             if ways.new:
-                if asked.batch.size == 1:  # alone it is right, but nobody knows of it among others
-                    raise Bypass("took a new way alone", None, rows)
-                refuse_coupled(plan, call.shadow, call.forward, asked, ways)
-                known.update(ways.new)
-                ways.new.clear()
+                looked = True
+                try:
+                    if not self._proved(call, ways, given, rows):
+                        raise Bypass("took a new way alone", None, rows)
+                except CutError as error:
+                    raise _RefusedError(error) from None
             return rows
 
-        with capturing(run):
-            trunk = call.parted.trunk
-            stored = call.parted.attached.forward(trunk, type(trunk), (), inputs_of_trunk(plan, asked, call.keys))
-            ways.new.clear()  # those of a row that was alone
-            shapes = self._shapes_of(call, made, run, inputs)
+        try:
+            with capturing(run):
+                trunk = call.parted.trunk
+                stored = call.parted.attached.forward(trunk, type(trunk), (), inputs_of_trunk(plan, asked, call.keys))
+                ways.new.clear()  # those of a row that was alone
+                shapes = self._shapes_of(call, made, run, inputs)
+        except _RefusedError as refused:
+            raise refused.error from None
         output = self._head(call, given, shapes, stored, ways)
         if ways.new:
-            refuse_other_rows(plan, call.shadow, call.forward, asked, stored)
-            if asked.batch.size > 1:
-                refuse_coupled(plan, call.shadow, call.forward, asked, ways)
-                known.update(ways.new)
+            looked = True
+            self._proof(call, ways).refuse_other(stored)
+            self._proved(call, ways)
+        if known.by_values and asked.batch.size > 1:
+            self._remember(call, stored, anew=looked)
         return output
+
+    def _proved(self, call: Call, ways: Branches, given: Mapping[str, Any] | None = None, rows: Any = None) -> bool:
+        """Whether rows come out the same on new ways, which are known from now on.
+
+        A row that is alone is right, but nobody knows of it among others.
+
+        Raises:
+            CutError: they do not.
+        """
+        samples = [sample for sample in self._samples_of(call) if sample.goes_with(call.asked)]
+        if call.asked.batch.size + len(samples) < 2:
+            return False
+        self._proof(call, ways).refuse_coupled(samples, given, rows)
+        self._ways[call.asked.kind].learn(ways.new)
+        ways.new.clear()
+        return True
+
+    def _remember(self, call: Call, stored: Any, *, anew: bool) -> None:
+        """Keep a row of a batch, one for each new way: rows on other ways are to be the same beside it."""
+        samples = self._samples_of(call)
+        if (anew or not samples) and len(samples) < _SAMPLES:
+            samples.extend(filter(None, [sample_of(call.asked, stored)]))
+
+    def _proof(self, call: Call, ways: Branches) -> Proof:
+        tokens = call.parted.attached.memo.options.extractor.name == "tokens"
+        return Proof(call.plan, call.shadow, call.forward, call.asked, ways, tokens=tokens)
+
+    def _samples_of(self, call: Call) -> list[Sample]:
+        """Rows of earlier batches of the same sizes and state."""
+        sizes = _sizes_of(call)
+        found = self._samples.get(sizes)
+        if found is None:
+            if len(self._samples) >= _SAMPLED:
+                self._samples.clear()
+            found = self._samples[sizes] = []
+        return found
 
     def _shapes_of(
         self, call: Call, made: list[Shapes], run: Callable[[dict[str, Any]], Any], inputs: Mapping[str, Any]
     ) -> Shapes:
         """Shapes are those of the latest capture, or of an earlier one of the same sizes and state, or of one row."""
-        asked = call.asked
-        sizes = (asked.kind, asked.sizes, context(), call.parted.attached.state)
+        asked, sizes = call.asked, _sizes_of(call)
         shapes = self._shapes.get(sizes)
         if shapes is None or (made and call.plan.shared):
             if not made:
@@ -177,6 +231,10 @@ def inputs_of_trunk(plan: Plan, asked: Asked, keys: Any) -> dict[str, Any]:
     """What a trunk is called with: the inputs that feed it, the kind of call, and given keys."""
     named = {} if keys is None else {"cache_keys": keys}
     return {**inputs_of(asked, plan.wanted), "call of the kind": plan.tag, **named}
+
+
+def _sizes_of(call: Call) -> tuple[object, ...]:
+    return call.asked.kind, call.asked.sizes, context(), call.parted.attached.state
 
 
 def _fits(asked: Asked, given: Mapping[str, Any]) -> bool:
