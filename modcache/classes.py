@@ -14,7 +14,15 @@ from torch import nn
 from .attached import Attached
 from .errors import UsageError
 
-__all__ = ["ATTACHED", "cached_class", "decorated_class", "noticed_apply", "original_class", "subclass"]
+__all__ = [
+    "ATTACHED",
+    "cached_class",
+    "decorated_class",
+    "noticed_apply",
+    "original_class",
+    "reduced_by",
+    "subclass",
+]
 
 ATTACHED = "_modcache"
 """Where a cached module keeps what hangs on it, in its ``__dict__``."""
@@ -42,7 +50,7 @@ def cached_class(cls: type[nn.Module]) -> type[nn.Module]:
                 self.__class__ = cls  # `type(module)(...)` asks for a new module, which nobody has wrapped
             cls.__init__(self, *args, **kwargs)
 
-        made = subclass(cls, {"__init__": __init__, "__reduce_ex__": _reduce(cls)})
+        made = subclass(cls, {"__init__": __init__, "__reduce_ex__": reduced_by(cls, cached_class, _new_cached)})
         _made[cls] = weakref.ref(made)
     return made
 
@@ -195,12 +203,22 @@ def _recompile(cls: type[torch.fx.GraphModule]) -> Callable[..., Any]:
 # --- pickling -------------------------------------------------------------------------------------------
 
 
-def _reduce(cls: type[nn.Module]) -> Callable[..., Any]:
+def reduced_by(
+    cls: type[nn.Module], again: Callable[[type[nn.Module]], type[nn.Module]], new: Callable[..., nn.Module]
+) -> Callable[..., Any]:
+    """A ``__reduce_ex__`` for a class made of ``cls``, which cannot be found by its name.
+
+    Args:
+        cls: the user's class.
+        again: makes the class of the user's.
+        new: makes an instance of it from the user's class and the arguments of its ``__new__``.
+    """
+
     def __reduce_ex__(self: nn.Module, protocol: int) -> Any:  # noqa: N807 - it is the class's own
         reduced = cls.__reduce_ex__(self, protocol)
-        if type(self) is not cached_class(cls) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        if type(self) is not again(cls) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced  # the class has its own way
-        return _new_cached, (cls, *reduced[1][1:]), *reduced[2:]
+        return new, (cls, *reduced[1][1:]), *reduced[2:]
 
     return __reduce_ex__
 

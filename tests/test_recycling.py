@@ -486,3 +486,27 @@ def test_a_resumed_call_looks_at_the_trunk_once_and_sees_all(model, change, monk
         found = model(BATCH)
         plain = uncached(copy.deepcopy(model)).eval()
         torch.testing.assert_close(found, plain(BATCH))
+
+
+def test_what_is_frozen_is_moved_no_more(model):
+    """An optimizer with momentum and weight decay, in the middle of training, leaves the trunk alone."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for step in range(4):
+        if step == 2:
+            recycle(model, at="mid", batch=(BATCH,))
+            before = model.low.weight.clone()
+        optimizer.zero_grad(set_to_none=False)
+        model(BATCH).sum().backward()
+        optimizer.step()
+    assert torch.equal(model.low.weight, before)
+    assert cache_of(model).stats.hits > 0
+
+
+def test_a_closed_cache_gives_its_store_back(model, tmp_path):
+    """The rows of a directory stay there, and nothing of it is held."""
+    recycle(model.eval(), at="mid", batch=(BATCH,), store=tmp_path)
+    expected = model(BATCH)
+    store = cache_of(model).store
+    cache_of(model).close()
+    assert cache_of(model).store is not store
+    torch.testing.assert_close(model(BATCH), expected)

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from modcache import CutError
-from modcache.recycling.ghosts import Ghost, Origin, Spec, unwrapped
+from modcache.recycling.ghosts import Ghost, unwrapped
+from modcache.recycling.origins import Origin, Spec
 
 
 class Sheet:

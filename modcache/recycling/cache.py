@@ -82,9 +82,11 @@ class RecycledCache(Cache):
         return sum(see.clear() for see in self._all())
 
     def close(self) -> None:
-        """Stop caching: the model runs in full from now on, its trunk frozen."""
+        """Stop caching: the model runs in full from now on, its trunk frozen. A store of its own is given back."""
         self._recycled.closed = True
         self.store.flush()
+        if self._recycled.requested.store is None or isinstance(self._recycled.requested.store, str):
+            self._recycled.memo.leave_store()
 
     def add_hook(self, hook: Any) -> Any:
         """Call ``hook(report)`` with one frozen `CallReport` after each call."""

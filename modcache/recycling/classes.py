@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import weakref
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..classes import ATTACHED, noticed_apply, subclass
+from ..classes import ATTACHED, noticed_apply, reduced_by, subclass
 
 __all__ = ["recycled_class"]
 
@@ -32,7 +31,7 @@ def recycled_class(cls: type[nn.Module]) -> type[nn.Module]:
 
         body = {
             "__init__": __init__,
-            "__reduce_ex__": _reduce(cls),
+            "__reduce_ex__": reduced_by(cls, recycled_class, _new_recycled),
             "forward": _forward(cls),
             "train": _train(cls),
             "_apply": noticed_apply(cls),
@@ -73,16 +72,6 @@ def _train(cls: type[nn.Module]) -> Callable[..., Any]:
         return self
 
     return train
-
-
-def _reduce(cls: type[nn.Module]) -> Callable[..., Any]:
-    def __reduce_ex__(self: nn.Module, protocol: int) -> Any:  # noqa: N807 - it is the class's own
-        reduced = cls.__reduce_ex__(self, protocol)
-        if type(self) is not recycled_class(cls) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            return reduced  # the class has its own way
-        return _new_recycled, (cls, *reduced[1][1:]), *reduced[2:]
-
-    return __reduce_ex__
 
 
 def _new_recycled(cls: type[nn.Module], *args: Any) -> nn.Module:

@@ -36,6 +36,8 @@ class Frozen:
     def freeze(self, model: nn.Module, plan: Plan, plans: Iterable[Plan], memo: Memo) -> None:
         """Freeze what feeds a cut, and let learn again what a cut before it froze and this one does not.
 
+        Gradients of before are dropped: with one, momentum and weight decay would go on moving what is frozen.
+
         Args:
             model: the model.
             plan: of the latest kind of call.
@@ -47,7 +49,7 @@ class Frozen:
         for name in trainable:
             self._grads.add(name)
         for name in trainable:
-            parameters[name].requires_grad_(False)
+            parameters[name].requires_grad_(False).grad = None
         still = {name for known in plans for name in known.frozen}
         for name in self._grads - still:
             self._grads.discard(name)

@@ -13,8 +13,8 @@ from ..keys.tokens import find_tokens
 from .alike import difference
 from .axes import from_rows, to_rows
 from .captures import Found, value_in
-from .ghosts import Origin
 from .kinds import Asked, with_values
+from .origins import Origin
 from .plan import Plan
 from .sampling import value_at
 from .trees import Step, mapped
@@ -52,7 +52,7 @@ def refuse_padding(runs: Runs, plan: Plan, asked: Asked, batch: Arguments, count
     tokens = find_tokens(asked.batch._replace(size=count, columns=columns))
     if tokens is None:
         return
-    kept = torch.arange(tokens.width) < torch.from_numpy(tokens.lengths)[:, None]
+    kept = torch.arange(tokens.width, device="cpu") < torch.from_numpy(tokens.lengths)[:, None]
     if bool(kept.all()) and tokens.width > 1:
         kept[0, -1] = False  # no row is padded, so one is made shorter
     values = {column.path: column.value for column in columns}

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from .axes import Axis, Slope
-from .ghosts import Origin, Spec
+from .origins import Origin, Spec
 from .runs import Called, Template
 from .trees import Step, mapped
 

@@ -11,8 +11,8 @@ from torch import nn
 from ..errors import CutError
 from .axes import Axis, CoupledError, Slope, axis_of, slopes_of, to_rows
 from .captures import Found, value_in
-from .ghosts import Origin, Spec
 from .kinds import Asked
+from .origins import Origin, Spec
 from .plan import Asking, Plan, Stored
 from .runs import Called, Template
 from .trace import BY_PYTHON, Mark, Trace

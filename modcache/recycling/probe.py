@@ -18,8 +18,9 @@ from .alike import difference
 from .axes import floor_of, rows_agree
 from .branches import Branch, Branches
 from .captures import Found, capture, not_reached, rows_of_capture
-from .ghosts import Ghost, Origin, unwrapped
+from .ghosts import Ghost, unwrapped
 from .kinds import Asked, owned
+from .origins import Origin
 from .padding import refuse_padding
 from .plan import Asking, Plan
 from .planning import Evidence, plan_of

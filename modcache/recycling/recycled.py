@@ -41,7 +41,7 @@ class _Local(threading.local):
 
 
 class Recycled:
-    """What hangs on a recycled model. It does not hold the model.
+    """What hangs on a recycled model. The shadows of it do hold the model, which is freed when garbage is collected.
 
     Args:
         name: the class name of the model.

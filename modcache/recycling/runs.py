@@ -13,7 +13,8 @@ from torch.overrides import _get_current_function_mode
 
 from ..errors import CutError
 from .branches import Branches
-from .ghosts import Ghost, Origin, Spec, filled, spec_of
+from .ghosts import Ghost, filled
+from .origins import Origin, Spec, spec_of
 from .shadow import Place, eval_twin
 from .trace import Mark, Trace
 from .trees import Step, hidden_tensors, located, mapped
