@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -78,6 +79,12 @@ def cached_module(module: Any = None, /, **options: Any) -> Any:
     if module is None:
         return lambda cls: _wrapped(cls, requested, options)
     return _wrapped(module, requested, options)
+
+
+_module = inspect.Parameter("module", inspect.Parameter.POSITIONAL_ONLY, default=None)
+_options = [one for one in inspect.signature(requested_of).parameters.values() if one.kind is one.KEYWORD_ONLY]
+# Which options were given counts when a module is wrapped again, so it takes them as they come; help() shows them all.
+cached_module.__signature__ = inspect.Signature([_module, *_options])  # type: ignore[attr-defined]
 
 
 def _wrapped(module: Any, requested: Requested, asked: dict[str, Any]) -> Any:

@@ -1,5 +1,6 @@
 """What is exported, what is documented and what is typed are the same names."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -65,3 +66,15 @@ def test_importing_brings_neither_storage_nor_compilers():
     code = code.replace(repr(heavy), repr(set(heavy)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_options_are_seen():
+    """`help` and editors show each option of `cached_module` with its default."""
+    shown = inspect.signature(modcache.cached_module).parameters
+    assert {name: one.default for name, one in shown.items()} == {
+        "module": None, "key": None, "store": None, "prepare": None, "broadcast": (), "per_row": True, "version": None,
+        "freeze": False, "verify": 0.0,
+    }  # fmt: skip
+    assert [one.kind for one in shown.values()] == [inspect.Parameter.POSITIONAL_ONLY] + [
+        inspect.Parameter.KEYWORD_ONLY
+    ] * 8
