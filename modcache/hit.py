@@ -72,13 +72,17 @@ def hit(
         return Missed(outline)
     if keys is None:
         return Missed(outline)
+    checked = memo.passed(site.namespace, recipe.form) is not None
+    untested = memo.untested(site.namespace, recipe.form)
+    if untested and recipe.differs(untested, args, kwargs):  # asked here, its arguments are in the cache still
+        checked = False
     keyed_at = perf_counter()
     try:
         rows = None if recipe.tokens is None else _lent(memo, site, recipe, keys)
         found = memo.look_up(site.namespace, keys) if rows is None else ()
     except Exception:  # `call` asks again, and says what is wrong
         return Missed(outline)
-    if memo.passed(site.namespace, recipe.form) is None:
+    if not checked:
         return Missed(outline, recipe, keys, found)
     try:
         if recipe.tokens is None and len(found) == 1 and len(found[0].positions) == recipe.size:
@@ -86,9 +90,6 @@ def hit(
         elif recipe.tokens is not None and rows is None:
             rows = _padded(found, recipe.size, recipe.tokens.like.width)
         if rows is None:
-            return Missed(outline, recipe, keys, found)
-        untested = memo.untested(site.namespace, recipe.form)
-        if untested and recipe.differs(untested, args, kwargs):
             return Missed(outline, recipe, keys, found)
         output = tree_of(rows, recipe.home)
     except UnknownClassError:
