@@ -21,6 +21,7 @@ from modcache.errors import FormatVersionError, UsageError, UsageTypeError
 from modcache.rows import Layout, Rows
 from modcache.stores import Describes, DiskStore, MemoryStore, TieredStore
 from modcache.stores.disk import group, open_directory
+from modcache.stores.disk import store as disk_store
 from modcache.stores.disk.descriptors import Descriptors
 from modcache.stores.disk.names import folder_of
 from modcache.stores.disk.segment import Segment
@@ -499,3 +500,30 @@ def test_a_million_keys_take_little_room(tmp_path):
     with DiskStore(tmp_path) as store:
         assert store.contains("a", [many[0], many[-1], key(1)]).tolist() == [True, True, False]
         assert store.stats().rows == 200_000
+
+
+def test_an_interrupt_leaves_nothing_locked(tmp_path, monkeypatch):
+    """Who calls a store takes bare locks alone: an interrupt within `Condition.__enter__` would lock it for good.
+
+    The thread that writes may: signals are never handled there.
+    """
+    monkeypatch.setattr(disk_store, "_QUEUE_BYTES", 1000)
+    real, caller = threading.Condition.__enter__, threading.current_thread()
+
+    def entered(self):
+        assert threading.current_thread() is not caller, "an interrupt here would leave the condition locked"
+        return real(self)
+
+    with DiskStore(tmp_path) as store:
+        store.put("a", keys(1), rows_of([1]))  # starts the thread
+        store.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Condition, "__enter__", entered)
+            for number in range(2, 60):
+                store.put("a", [key(number)] * 2, rows_of([number] * 2))
+            store.flush()
+            assert len(answers(store.get("a", keys(*range(1, 60))))) == 59
+            store.describe("a", {"class": "tests.Interrupted"})
+            store.delete("a", keys(5))
+            store.flush()
+        assert len(store.row_keys("a")) == 58

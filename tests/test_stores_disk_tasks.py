@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from modcache.stores.disk.tasks import Put, Queue, Sync
+from modcache.stores.disk.tasks import Put, Queue, Sync, closed_lock
 
 
 def put(segment, number, rows=2):
@@ -31,7 +31,7 @@ A, B = SimpleNamespace(), SimpleNamespace()
 def test_puts_to_one_segment_are_taken_together():
     """Neighbouring puts to one segment are one batch; anything in between parts them, and the order stays."""
     queue = Queue(1 << 20)
-    for task in (put(A, 0), put(A, 1), put(B, 2), put(A, 3), Sync(threading.Event()), put(A, 4)):
+    for task in (put(A, 0), put(A, 1), put(B, 2), put(A, 3), Sync(closed_lock()), put(A, 4)):
         assert queue.push(task)
     assert queue.bytes == 5 * (200 + 32)
     assert drained(queue) == [[0, 1], [2], [3], ["sync"], [4]]
@@ -55,7 +55,7 @@ def test_withdrawn_and_put_back():
 def test_withdrawing_all_leaves_other_tasks():
     """When all rows are taken out, the rest is still done."""
     queue = Queue(1 << 20)
-    for task in (put(A, 0), Sync(threading.Event()), put(B, 1)):
+    for task in (put(A, 0), Sync(closed_lock()), put(B, 1)):
         queue.push(task)
     assert len(queue.withdraw()) == 2
     assert drained(queue) == [["sync"]]

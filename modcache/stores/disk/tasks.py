@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .reading import Reading
     from .segment import Segment
 
-__all__ = ["Drop", "Facts", "Put", "Queue", "Sync", "Task", "Use"]
+__all__ = ["Drop", "Facts", "Put", "Queue", "Sync", "Task", "Use", "closed_lock"]
 
 _JOINED: Final = 8 << 20  # bytes of puts to one segment that are taken together
 
@@ -78,9 +78,13 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Sync:
-    """All that came before is to survive a power cut."""
+    """All that came before is to survive a power cut.
 
-    done: threading.Event
+    Args:
+        done: held until then, and given free by the thread that writes.
+    """
+
+    done: threading.Lock
 
 
 Task = Put | Drop | Facts | Use | Sync
@@ -97,20 +101,27 @@ class Queue:
         self.bytes = 0
         self.stopping = False
         self._most = most
-        # Re-entrant, because a finaliser may stop the thread in the middle of anything.
-        self._state = threading.Condition(threading.RLock())
+        # Re-entrant, because a finaliser may stop the thread in the middle of anything. Whoever puts rows takes the
+        # bare lock: an interrupt within `Condition.__enter__` would leave it locked for good.
+        self._lock = threading.RLock()
+        self._state = threading.Condition(self._lock)
+        self._gates: list[threading.Lock] = []  # of those who wait for room
         self._tasks: deque[Task] = deque()
         self._alone = 0  # tasks that are taken one by one
 
     def wait_for_room(self, size: int, is_taken: Callable[[], bool]) -> None:
         """Waits until so many bytes may be queued, as long as somebody takes any."""
-        with self._state:
-            while self.bytes and self.bytes + size > self._most and is_taken():
-                self._state.wait(1.0)
+        while True:
+            with self._lock:
+                if not self.bytes or self.bytes + size <= self._most or not is_taken():
+                    return
+                gate = closed_lock()
+                self._gates.append(gate)
+            gate.acquire(timeout=1.0)
 
     def push(self, task: Task) -> bool:
         """Adds a task behind all others; False where nobody will do it any more."""
-        with self._state:
+        with self._lock:
             if not self.stopping:
                 self._tasks.append(task)
                 self.bytes += _size_of(task)
@@ -124,7 +135,7 @@ class Queue:
             idle: called when nothing came for a while.
             patience: how long that is, in seconds.
         """
-        with self._state:
+        with self._lock:
             while not self._tasks:
                 if self.stopping:
                     return []
@@ -145,13 +156,15 @@ class Queue:
 
     def done(self, tasks: Sequence[Task]) -> None:
         """What was taken does not wait any more."""
-        with self._state:
+        with self._lock:
             self.bytes -= sum(map(_size_of, tasks))
-            self._state.notify_all()
+            gates, self._gates = self._gates, []
+            for gate in gates:
+                gate.release()
 
     def withdraw(self, segment: Segment | None = None) -> list[Put]:
         """Takes out all rows that wait for a segment, or with None all rows."""
-        with self._state:
+        with self._lock:
             puts = [task for task in self._tasks if isinstance(task, Put)]
             puts = [put for put in puts if segment is None or put.segment is segment]
             gone = set(map(id, puts))
@@ -161,16 +174,23 @@ class Queue:
 
     def put_back(self, puts: Sequence[Put], *, alone: bool = False) -> None:
         """Puts rows in front of all others, where they are taken one by one if so asked."""
-        with self._state:
+        with self._lock:
             self._tasks.extendleft(reversed(puts))
             self.bytes += sum(put.size for put in puts)
             self._alone = len(puts) if alone else self._alone
 
     def stop(self) -> None:
         """Takes in nothing more."""
-        with self._state:
+        with self._lock:
             self.stopping = True
             self._state.notify_all()
+
+
+def closed_lock() -> threading.Lock:
+    """A lock that is held: who takes it waits until another thread gives it free, and an interrupt leaves no trace."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
 
 
 def _size_of(task: Task) -> int:

@@ -26,7 +26,7 @@ from .names import CATALOGUE, ROWS_FOLDER, SegmentName, new_writer
 from .reading import Reading
 from .records import Buffers
 from .room import IN_USE
-from .tasks import Drop, Facts, Put, Queue, Sync, Task, Use
+from .tasks import Drop, Facts, Put, Queue, Sync, Task, Use, closed_lock
 from .writers import Writers
 
 if TYPE_CHECKING:
@@ -116,10 +116,10 @@ class Writing:
         """Waits until all that was queued is written, and would survive a power cut."""
         if self._thread is None:
             return
-        sync = Sync(threading.Event())
+        sync = Sync(closed_lock())
         if not self._queue.push(sync):
             return
-        while not sync.done.wait(0.2) and self._is_running():
+        while not sync.done.acquire(timeout=0.2) and self._is_running():
             continue
 
     def stop(self) -> None:
@@ -179,7 +179,7 @@ class Writing:
                 try:
                     self._sync()
                 finally:
-                    sync.done.set()
+                    sync.done.release()
 
     def _drop(self, drop: Drop) -> None:
         segment, reading = drop.segment, drop.reading
