@@ -19,7 +19,7 @@ from .notices import log, warn
 from .recipe import Form, Recipe
 from .rows import Rows
 from .stats import CallHook, CallReport, Counters, Seconds, Stats
-from .stores import Found, MemoryStore, Store, TieredStore
+from .stores import Found, MemoryStore, Store, TieredStore, bytes_of
 
 __all__ = ["Bypass", "Memo", "Options"]
 
@@ -390,5 +390,4 @@ class Memo:
 
     def stats(self) -> Stats:
         """What was counted so far."""
-        held = self._guarded("listing", self.store.stats)
-        return self._counters.snapshot(getattr(held, "bytes", 0))
+        return self._counters.snapshot(self._guarded("listing", lambda: bytes_of(self.store)) or 0)

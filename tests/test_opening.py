@@ -1,10 +1,12 @@
 """The option ``store=``: a path, a store, or nothing."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from modcache import (
     CacheWarning,
@@ -102,3 +104,15 @@ def test_a_newer_format_warns_and_passes_through(tmp_path):
     assert torch.equal(cached(BATCH), encoder()(BATCH))
     cached(BATCH)
     assert cache_of(cached).stats.hits == 4
+
+
+def test_statistics_count_no_rows_of_others(tmp_path, monkeypatch):
+    """Whoever prints statistics after each batch does not read the logs of all that others write there."""
+    encoder = cached_module(nn.Linear(4, 3), freeze=True, store=str(tmp_path / "cache"))
+    encoder(torch.randn(8, 4))
+    cache_of(encoder).flush()
+    monkeypatch.setattr("modcache.stores.disk.counting.Counts.of", None)
+    time.sleep(1.1)
+    assert cache_of(encoder).stats.bytes > 8 * 12
+    assert "8 rows" in repr(cache_of(encoder))
+    cache_of(encoder).close()

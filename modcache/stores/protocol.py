@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
 
     from ..rows import Rows
 
-__all__ = ["Describes", "Found", "Store", "StoreStats"]
+__all__ = ["Describes", "Found", "Store", "StoreStats", "bytes_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class Store(Protocol):
     - ``lend(namespace, row_keys, use)``: what ``use`` makes of a list of `modcache.rows.Lent`, the rows where they
       lie, which nobody changes or moves meanwhile; None if not all of them are there in memory of the host;
     - ``rename(old, new)``: all rows of one namespace belong to another name from now on;
+    - ``held_bytes()``: the bytes that `stats` tells, or told a moment ago, for those who look after each batch;
     - those of `Describes`, by which the rows of earlier processes explain themselves.
     """
 
@@ -113,3 +114,9 @@ class Describes(Protocol):
 
     def manifests(self) -> dict[str, dict[str, Any]]:
         """All manifests, by namespace."""
+
+
+def bytes_of(store: Store) -> int:
+    """The bytes that a store holds, without a count of its rows where it can tell."""
+    ask: Callable[[], int] | None = getattr(store, "held_bytes", None)
+    return store.stats().bytes if ask is None else ask()

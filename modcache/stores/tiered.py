@@ -13,7 +13,7 @@ import torch
 
 from ..errors import UsageTypeError
 from ..rows import Layout, Rows
-from .protocol import Describes, Found, Store, StoreStats
+from .protocol import Describes, Found, Store, StoreStats, bytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -236,6 +236,10 @@ class TieredStore:
             refused=self._refused,
             evicted=back.evicted,
         )
+
+    def held_bytes(self) -> int:
+        """The bytes that both tiers hold, without a count of rows where a tier can tell."""
+        return sum(bytes_of(tier) for tier in (self.front, self.back))
 
     def flush(self) -> None:
         """Waits for both tiers."""

@@ -40,6 +40,7 @@ __all__ = ["DiskStore", "open_directory"]
 _QUEUE_BYTES: Final = 32 << 20  # fresh memory costs more than what is written out of it
 _QUEUE_SHARE: Final = 8  # of the memory that there is
 _USE_NOTED: Final = 60.0  # seconds within which a namespace is not noted as used again
+_A_MOMENT: Final = 1.0  # seconds for which the sizes of files are remembered
 _CHUNK: Final = 1024  # rows that are moved at a time when a namespace gets another name
 
 
@@ -107,6 +108,7 @@ class DiskStore:
         self._descriptors = Descriptors()
         self._readings: dict[str, Reading] = {}
         self._counts = Counts(self._directory)
+        self._weighed = -_A_MOMENT, 0
         self._described: dict[str, dict[str, Any]] = {}
         self._used: dict[str, float] = {}
         self._stamp = 0
@@ -271,6 +273,13 @@ class DiskStore:
             if self._closed:
                 return np.zeros(len(row_keys), np.bool_)
             return self._reading(namespace).contains(row_keys) >= 0
+
+    def held_bytes(self) -> int:
+        """The bytes of all files there, as they were at most a second ago: quicker than `stats`, which counts rows."""
+        now = time.monotonic()
+        if now - self._weighed[0] > _A_MOMENT:
+            self._weighed = now, room.take_census(self._directory).bytes
+        return self._weighed[1] + self._writing.queued
 
     def retire(self, namespace: str) -> None:
         """Does not spare a namespace any more that this process used, once nobody else used it within the hour."""
