@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,3 +245,121 @@ def test_padding_of_token_rows_is_not_compared() -> None:
     for order in ([0, 1, 2, 3], [4, 5, 6, 7], [0, 4, 1, 5], [8, 9, 6, 2], [3, 9]):
         given = {"input_ids": ids[order], "attention_mask": mask[order]}
         torch.testing.assert_close(model(**given), plain(**given))
+
+
+# --- plain values that skipped modules leave behind ---------------------------------------------------------
+
+LEFT: dict[str, object] = {"flag": False}
+FLAG = False
+
+
+class Leaving(nn.Module):
+    """A trunk that leaves a value behind, which came out the same for all rows so far."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear, self.kind, self.options = nn.Linear(WIDTH, WIDTH), kind, {"flag": False}
+        self.state = SimpleNamespace(flag=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.linear(x)
+        large = bool(hidden.abs().max() > 100)
+        if self.kind == "flag":
+            self.flag = large
+        elif self.kind == "text":
+            self.flag = "large" if large else "small"
+        elif self.kind == "size":
+            self.flag = (x.shape[1], 2)
+        elif self.kind == "item":
+            self.options["flag"] = large
+        elif self.kind == "object":
+            self.state.flag = large
+        elif self.kind == "method":
+            self.note(large)
+        elif self.kind == "global item":
+            LEFT["flag"] = large
+        elif self.kind == "global":
+            self.note_globally(large)
+        return hidden
+
+    def note(self, large: bool) -> None:
+        self.flag = large
+
+    def note_globally(self, large: bool) -> None:
+        global FLAG
+        FLAG = large
+
+
+class Reading(nn.Module):
+    def __init__(self, kind: str, reads: bool = True) -> None:
+        super().__init__()
+        self.trunk, self.head, self.reads = Leaving(kind), nn.Linear(WIDTH, 2), reads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.head(self.trunk(x))
+        if not self.reads:
+            return found
+        kind, trunk = self.trunk.kind, self.trunk
+        if kind in ("item", "object"):
+            value = trunk.options["flag"] if kind == "item" else trunk.state.flag
+        elif kind in ("global", "global item"):
+            value = FLAG if kind == "global" else LEFT["flag"]
+        else:
+            value = trunk.flag
+        return found * (2.0 if value in (True, "large", (WIDTH + 1, 3)) else 1.0)
+
+
+LEAVING = ["flag", "text", "size", "item", "object", "method", "global item", "global"]
+
+
+@pytest.mark.parametrize("kind", LEAVING)
+def test_what_a_skipped_module_leaves_behind_is_refused_where_it_is_read(kind: str) -> None:
+    """A flag, a text or a size is another batch's on a resumed call, also if it was the same for the first rows."""
+    model = recycle(Reading(kind).eval(), at="head")
+    before = copy.deepcopy((LEFT, FLAG))
+    with pytest.raises(CutError, match="where others read it"):
+        model(torch.randn(4, WIDTH))
+    assert before == (LEFT, FLAG)
+    assert model.trunk.options == {"flag": False}
+
+
+@pytest.mark.parametrize("kind", LEAVING)
+def test_what_a_skipped_module_leaves_behind_may_be_there(kind: str) -> None:
+    """Where nobody reads it after the cut, it is no reason to refuse."""
+    model, plain = both(Reading(kind, reads=False))
+    x = torch.randn(4, WIDTH)
+    torch.testing.assert_close(recycle(model, at="head")(x), plain(x))
+    torch.testing.assert_close(model(x), plain(x))
+    assert cache_of(model).stats.hits == 4
+
+
+class Tagging(nn.Module):
+    """A trunk that sets an attribute on its input, which is read after the cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.tag = bool(x.abs().max() > 100)
+        return self.linear(x)
+
+
+class Tagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = Tagging(), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.trunk(x)) * (2.0 if x.tag else 1.0)
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_an_attribute_set_on_an_input_is_refused(seen: bool) -> None:
+    """A resumed call would not set it; the first batch may have been seen by the plain model before."""
+    model, x = Tagged().eval(), torch.randn(4, WIDTH)
+    if seen:
+        model(x)
+    with pytest.raises(CutError, match="sets tag on"):
+        recycle(model, at="head", batch=(x,))
+    assert hasattr(x, "tag") == seen

@@ -25,6 +25,7 @@ __all__ = [
     "chance_of",
     "name_of",
     "shows_values",
+    "sizes_of_answer",
     "under",
 ]
 
@@ -102,12 +103,17 @@ def name_of(func: Callable[..., Any]) -> str:
     return str(name)
 
 
-def answer_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
-    """What Python gets to know of values by a call of torch, beside tensors of a shape that says nothing; else None."""
+def answer_of(name: str, result: Any) -> Any:
+    """What Python gets to know of values by a call of torch; ``None`` if that is nothing."""
     if name in _ANSWERS:
         return result
     if name in _CARRIES_AWAY:
         return "time", next(_numbers)  # what happens to it there, nobody sees: every time is a new one
+    return None
+
+
+def sizes_of_answer(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
+    """The shapes of what a call of torch gives, if they tell values; else ``None``."""
     if name in _SIZES or _sizes_by_values(name, args, kwargs, result):
         return [tuple(leaf.shape) for _, leaf in located(result)]
     return None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .asks import answer_of
+from .asks import answer_of, sizes_of_answer
 from .trace import Mark, Trace
 
 __all__ = ["Branch", "Branches", "Ways"]
@@ -75,6 +75,8 @@ class Branches(TorchFunctionMode):
         super().__init__()
         self._known = Ways() if known is None else known
         self.trace = trace
+        self.inside = False
+        """Whether a module of the trunk runs. Sizes that tell values are data there, as those of an expert's rows."""
         self.new: set[Branch] = set()
         self.marks: dict[Branch, frozenset[Mark]] = {}
 
@@ -88,7 +90,10 @@ class Branches(TorchFunctionMode):
             _codes[place[0]] = frame.f_code
             self.new.add(place)
         result = func(*args, **(kwargs or {}))
-        answer = answer_of(getattr(func, "__name__", ""), args, kwargs or {}, result)
+        name = getattr(func, "__name__", "")
+        answer = answer_of(name, result)
+        if answer is None and not self.inside:
+            answer = sizes_of_answer(name, args, kwargs or {}, result)
         if answer is not None:
             self._note(answer, (args, kwargs))
         return result

@@ -52,7 +52,7 @@ def capture(
         CutError: the cut was not reached.
     """
     shadow.take_over(training=False)
-    given = owned(arguments)
+    given, run.branches = owned(arguments), branches
     try:
         with torch.inference_mode(False), torch.no_grad(), running(run), branches:
             forward(shadow.root, *given.args, **given.kwargs)

@@ -27,7 +27,9 @@ from .planning import Evidence, plan_of
 from .runs import Capture, Reached, Resume
 from .sampling import distinct_rows, value_at
 from .shadow import Shadow, running
+from .spoiling import kept_by, spoiled
 from .stashes import Stashes
+from .tags import Tags
 from .trace import Mark, Trace
 from .trees import Step, located, mapped, same_but_tensors
 from .untouched import seed, untouched
@@ -85,9 +87,13 @@ class _Probe:
     def run(self) -> tuple[Plan, frozenset[Branch]]:
         """The plan, and the ways that were looked at."""
         batch = self.taken(self.places)
-        output = self.full(batch)
+        tags = Tags(leaf for _, value in self._leaves(batch) for _, leaf in located(value))
         try:
-            plan = self._parted(batch, output)
+            output = self.full(batch)
+        finally:
+            tags.put_back()
+        try:
+            plan = self._parted(batch, output, tags)
             if self.tokens:
                 refuse_padding(self, plan, self.asked, batch, self.count)
             if self.asked.batch.size > self.count:
@@ -101,14 +107,39 @@ class _Probe:
                 f"{type(error).__name__} ({error}), which it does not do in full. What comes before the cut depends on "
                 "earlier calls or on which rows are in the batch. Cut at an earlier submodule."
             ) from error
+        finally:
+            tags.put_back()
 
-    def _parted(self, batch: Arguments, output: Any) -> Plan:
+    def _refuse_tags(self, tags: Tags, batch: Arguments) -> None:
+        """What comes before the cut must not set attributes on tensors that it is given.
+
+        Raises:
+            CutError: it does.
+        """
+        found = tags.others()
+        if tags.there and not found:  # of an earlier call, or the user's own
+            tags.take_away()
+            try:
+                self.captured(batch)
+                found = tags.now()
+            except Exception:  # they are read before the cut, so they are the user's
+                found = []
+        tags.put_back()
+        if found:
+            raise CutError(
+                f"{self.at}: before the cut, the forward sets {found[0]} on a tensor that it is given, which a resumed "
+                "call would not do. Cut at an earlier submodule, or return it."
+            )
+
+    def _parted(self, batch: Arguments, output: Any, tags: Tags) -> Plan:
         rows = self.places
         if any(leaf.is_nested for _, leaf in located(output)):
             raise CutError(f"{self.at}: the model returns a nested tensor. Call uncached(model).")
         self.full(batch)
+        tags.put_back()
         stashes = Stashes(self.model)
         trace, found = self._traced(batch)
+        self._refuse_tags(tags, batch)
         stashes.refuse_tensors(trace, found.capture)
         others = []
         for places in (rows[::-1], rows[:1], rows[1:]):
@@ -147,8 +178,7 @@ class _Probe:
             trace.mark([tensor], mark, given=True)
         for name, buffer in self.model.named_buffers(remove_duplicate=False):
             trace.mark([buffer], Mark("buffer", name), given=True)
-        taken = Asked(batch, self.asked.batch, (), ())
-        for path, value in self._leaves(taken):
+        for path, value in self._leaves(batch):
             trace.mark([leaf for _, leaf in located(value)], Mark("input", path), given=True)
         with trace:
             found = self.captured(batch, trace)
@@ -163,12 +193,12 @@ class _Probe:
             )
         return trace, found
 
-    def _leaves(self, asked: Asked) -> Iterator[tuple[str, Any]]:
+    def _leaves(self, arguments: Arguments) -> Iterator[tuple[str, Any]]:
         """Paths of all inputs, with their values in the call that the probe runs on."""
         for column in self.asked.batch.columns:
-            yield column.path, value_at(asked.arguments, column.path)
+            yield column.path, value_at(arguments, column.path)
         for path, _ in self.asked.batch.shared:
-            yield path, value_at(asked.arguments, path)
+            yield path, value_at(arguments, path)
 
     def _compare_structures(self, captures: tuple[Found, ...]) -> None:
         full = captures[0]
@@ -229,15 +259,20 @@ class _Probe:
     ) -> tuple[list[Origin], frozenset[Mark], set[str]]:
         """Resume, and see which other outputs are needed; the result must be that of the whole model."""
         extras: dict[Origin, None] = {}
+
+        def resume() -> Resume:
+            values = {step: found.values[step].detach().clone() for step in ghostly}
+            known = {called: mapped(output, torch.clone) for called, output in outputs.items()}
+            run = Resume(self.call, found.capture.templates, live, frozenset(), values, {}, known)
+            run.fires = self.fires
+            return run
+
+        outputs = found.capture.outputs if self.extra else {}
         while True:
             feeding = {(mark.name, mark.number) for mark in marks if mark.kind == "module"}
             live = frozenset(called for called in found.capture.templates if called not in feeding)
             self.full(self.taken([self.places[0]] * self.count))  # what was hidden away in the first run is overwritten
-            known = found.capture.outputs if self.extra else {}
-            values = {step: found.values[step].detach().clone() for step in ghostly}
-            known = {called: mapped(output, torch.clone) for called, output in known.items()}
-            run = Resume(self.call, found.capture.templates, live, frozenset(), values, {}, known)
-            run.fires = self.fires
+            run = resume()
             try:
                 again = self._finished(run, batch)
             except Exception:
@@ -252,15 +287,50 @@ class _Probe:
                 continue
             if not new:
                 break
-            outputs = [dict(located(found.capture.outputs[o.path, o.number]))[o.place] for o in new]
-            marks |= trace.all_marks(outputs)
+            needed = [dict(located(found.capture.outputs[o.path, o.number]))[o.place] for o in new]
+            marks |= trace.all_marks(needed)
         if (differs := difference(output, again, self.floor)) is not None:
             raise CutError(
                 f"{self.at}: resumed at the cut, the model gives something else than in full ({differs}). A value from "
                 "before the cut reaches what comes after it by a way that nobody can see (a global, a closure, an "
                 "object, a hook). Cut at a later submodule, or at one that comes before that."
             )
+        self._refuse_kept({name for name, _ in feeding} - run.after, resume, batch, output)
         return list(extras), marks, run.after
+
+    def _refuse_kept(self, skipped: set[str], resume: Callable[[], Resume], batch: Arguments, output: Any) -> None:
+        """Does what comes after the cut read plain values that skipped modules set, and that may be those of others?
+
+        In the few rows of a probe a flag, a text or a size may have come out the same each time.
+
+        Raises:
+            CutError: it does.
+        """
+        inner = {
+            id(module): (path, module)
+            for name in sorted(skipped)
+            for path, module in self.model.get_submodule(name).named_modules(prefix=name)
+        }
+        places = kept_by(inner.values(), [module for module in self.model.modules() if id(module) not in inner])
+        for gone in (True, False) if places else ():
+            with spoiled(places, gone=gone):
+                differs = self._differently(resume(), batch, output)
+            if differs is not None:
+                names = ", ".join(sorted({place.name for place in places})[:3])
+                raise CutError(
+                    f"{self.at}: a module before the cut keeps a number, a flag or a text where others read it "
+                    f"({names}); on a resumed call it does not run, and that would be of another batch ({differs}). "
+                    "Cut at an earlier submodule, or return it."
+                )
+
+    def _differently(self, run: Resume, batch: Arguments, output: Any) -> str | None:
+        """In what a resumed run gives something else, or fails."""
+        try:
+            return difference(output, self._finished(run, batch), self.floor)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
 
     def resumed(
         self,

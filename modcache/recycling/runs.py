@@ -68,6 +68,7 @@ class Capture:
         self.templates: dict[Called, Template] = {}
         self.bare: set[Called] = set()
         self.cut_calls = 0
+        self.branches: Branches | None = None
 
     def called(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module behind a gate, unless it is the cut."""
@@ -79,7 +80,7 @@ class Capture:
                 self.arguments = args, kwargs
                 raise Reached
         before = self._hidden(args, kwargs)
-        output = eval_twin(place.module)(*args, **kwargs)
+        output = self._inside(eval_twin(place.module), args, kwargs)
         called = place.path, number
         if self._trace is not None:
             self._look_at(place, output, before, self._hidden(args, kwargs))
@@ -91,6 +92,15 @@ class Capture:
             self.outputs[called] = output
         self.templates[called] = template_of(output)
         return output
+
+    def _inside(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.branches is None:
+            return module(*args, **kwargs)
+        self.branches.inside = True
+        try:
+            return module(*args, **kwargs)
+        finally:
+            self.branches.inside = False
 
     def _hidden(self, args: Any, kwargs: Any) -> list[torch.Tensor]:
         return [] if self._trace is None else [*hidden_tensors((args, kwargs)), *_listed((args, kwargs))]
