@@ -527,3 +527,18 @@ def test_an_interrupt_leaves_nothing_locked(tmp_path, monkeypatch):
             store.delete("a", keys(5))
             store.flush()
         assert len(store.row_keys("a")) == 58
+
+
+def test_what_others_dropped_need_not_last(tmp_path):
+    """A flush after somebody dropped the namespace has nothing to wait for, and rows are written on without a word."""
+    with DiskStore(tmp_path) as store:
+        store.put("a", keys(1), rows_of([1]))
+        while store._writing.queued:
+            time.sleep(0.001)
+        with DiskStore(tmp_path) as other:
+            assert other.delete("a") == 1
+        store.flush()
+        store.put("a", keys(2), rows_of([2]))
+        store.flush()
+    with DiskStore(tmp_path) as again:
+        assert again.row_keys("a") == keys(2)

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Final
 
-from .appending import SegmentWriter
+from .appending import GoneError, SegmentWriter
 from .frames import SegmentHeader
 
 if TYPE_CHECKING:
@@ -59,7 +59,11 @@ class Writers:
         folders = set()
         for segment, (_, writer) in self._writers.items():
             if writer.dirty and not segment.closed:
-                writer.sync()
+                try:
+                    writer.sync()
+                except GoneError:  # what somebody dropped need not last
+                    if not self._directory.path.is_dir():
+                        raise
                 folders.add(segment.folder)
         for folder in folders:
             with contextlib.suppress(OSError):
