@@ -199,7 +199,6 @@ class Reader(ValueReader):
 
     def functional(self) -> bytes:
         """What somebody put into `torch.nn.functional`; mostly nothing."""
-        self.seen.refer(FUNCTIONAL, _MOST_REPLACED, FUNCTIONAL[_MOST_REPLACED])
         return b"".join(self._replaced(name, value) for name, value in sorted(patched_functions().items()))
 
     def _reach(self, name: str, value: object) -> None:
@@ -222,6 +221,8 @@ class Reader(ValueReader):
             self._reach_class(base)
         names = frame(b"classes", encode([class_name(base) for base in cls.__mro__]))
         patched = [base for base in cls.__mro__ if of_library(base.__module__) and _forward_is_foreign(base)]
+        if installed_class(cls) and not of_library(cls.__module__):  # it may be called by way of a registry
+            self.seen.refer(FUNCTIONAL, _MOST_REPLACED, FUNCTIONAL[_MOST_REPLACED])
         for base in cls.__mro__:
             for name in _functions_of_layer(base) if base.__module__.startswith("torch.nn.") else ():
                 self.seen.refer(FUNCTIONAL, name, FUNCTIONAL.get(name))

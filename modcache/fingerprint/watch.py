@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _chain = itertools.chain.from_iterable
 _is = operator.is_
 _data_ptr = torch.Tensor.data_ptr
+_size, _stride, _is_neg = torch.Tensor.size, torch.Tensor.stride, torch.Tensor.is_neg
 _version = operator.attrgetter("_version")
 _training = operator.itemgetter("training")
 _requires_grad = operator.attrgetter("requires_grad")
@@ -249,7 +250,8 @@ class Watch:
         self._pointers = list(map(_data_ptr, self._pointed))
         self._array_pointers = list(map(_array_pointer, self._arrays))
         parts = SETS if len(self._pointed) > _FORMS_AT_ONCE else 1
-        self._forms = [(part, _forms_of(part)) for part in (self._pointed[number::parts] for number in range(parts))]
+        tensors = [self._pointed[number::parts] for number in range(parts)]
+        self._forms = [(part, _forms_of(part)) for part in tensors]
 
     def same_weights(self, turn: int) -> Moved | None:
         """Whether the weights look untouched; pointers come first, the probe must not read freed memory."""
@@ -300,8 +302,8 @@ class Watch:
             return Moved.STRUCTURE
 
 
-def _forms_of(tensors: list[torch.Tensor]) -> list[object]:
-    return [*map(torch.Tensor.size, tensors), *map(torch.Tensor.stride, tensors), *map(torch.Tensor.is_neg, tensors)]
+def _forms_of(tensors: list[torch.Tensor]) -> tuple[list[object], ...]:
+    return list(map(_size, tensors)), list(map(_stride, tensors)), list(map(_is_neg, tensors))
 
 
 def _single(tensor: torch.Tensor) -> bool:
