@@ -27,7 +27,7 @@ from .planning import Evidence, plan_of
 from .runs import Capture, Reached, Resume
 from .sampling import distinct_rows, value_at
 from .shadow import Shadow, running
-from .spoiling import kept_by, spoiled
+from .spoiling import refuse_kept
 from .stashes import Stashes
 from .tags import Tags
 from .trace import Mark, Trace
@@ -110,27 +110,6 @@ class _Probe:
         finally:
             tags.put_back()
 
-    def _refuse_tags(self, tags: Tags, batch: Arguments) -> None:
-        """What comes before the cut must not set attributes on tensors that it is given.
-
-        Raises:
-            CutError: it does.
-        """
-        found = tags.others()
-        if tags.there and not found:  # of an earlier call, or the user's own
-            tags.take_away()
-            try:
-                self.captured(batch)
-                found = tags.now()
-            except Exception:  # they are read before the cut, so they are the user's
-                found = []
-        tags.put_back()
-        if found:
-            raise CutError(
-                f"{self.at}: before the cut, the forward sets {found[0]} on a tensor that it is given, which a resumed "
-                "call would not do. Cut at an earlier submodule, or return it."
-            )
-
     def _parted(self, batch: Arguments, output: Any, tags: Tags) -> Plan:
         rows = self.places
         if any(leaf.is_nested for _, leaf in located(output)):
@@ -139,7 +118,7 @@ class _Probe:
         tags.put_back()
         stashes = Stashes(self.model)
         trace, found = self._traced(batch)
-        self._refuse_tags(tags, batch)
+        tags.refuse(self.at, lambda: self.captured(batch))
         stashes.refuse_tensors(trace, found.capture)
         others = []
         for places in (rows[::-1], rows[:1], rows[1:]):
@@ -295,42 +274,21 @@ class _Probe:
                 "before the cut reaches what comes after it by a way that nobody can see (a global, a closure, an "
                 "object, a hook). Cut at a later submodule, or at one that comes before that."
             )
-        self._refuse_kept({name for name, _ in feeding} - run.after, resume, batch, output)
+        skipped = {name for name, _ in feeding} - run.after
+        refuse_kept(self.model, self.at, skipped, lambda: self._differently(resume(), batch, output))
         return list(extras), marks, run.after
 
-    def _refuse_kept(self, skipped: set[str], resume: Callable[[], Resume], batch: Arguments, output: Any) -> None:
-        """Does what comes after the cut read plain values that skipped modules set, and that may be those of others?
-
-        In the few rows of a probe a flag, a text or a size may have come out the same each time.
-
-        Raises:
-            CutError: it does.
-        """
-        inner = {
-            id(module): (path, module)
-            for name in sorted(skipped)
-            for path, module in self.model.get_submodule(name).named_modules(prefix=name)
-        }
-        places = kept_by(inner.values(), [module for module in self.model.modules() if id(module) not in inner])
-        for gone in (True, False) if places else ():
-            with spoiled(places, gone=gone):
-                differs = self._differently(resume(), batch, output)
-            if differs is not None:
-                names = ", ".join(sorted({place.name for place in places})[:3])
-                raise CutError(
-                    f"{self.at}: a module before the cut keeps a number, a flag or a text where others read it "
-                    f"({names}); on a resumed call it does not run, and that would be of another batch ({differs}). "
-                    "Cut at an earlier submodule, or return it."
-                )
-
     def _differently(self, run: Resume, batch: Arguments, output: Any) -> str | None:
-        """In what a resumed run gives something else, or fails."""
+        """In what a resumed run gives something else, or fails; the ways that it takes are none that calls take."""
+        ways, self.branches = self.branches, Branches()
         try:
             return difference(output, self._finished(run, batch), self.floor)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             return f"{type(error).__name__}: {error}"
+        finally:
+            self.branches = ways
 
     def resumed(
         self,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import dis
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-__all__ = ["Kept", "kept_by", "spoiled"]
+from ..errors import CutError
+
+__all__ = ["Kept", "kept_by", "refuse_kept", "spoiled"]
 
 _PLAIN = (bool, int, float, str)
 _INNER = frozenset(vars(nn.Module()))
@@ -31,6 +33,38 @@ class _Uses(NamedTuple):
     stored: tuple[tuple[types.FunctionType, str], ...]
     loaded: tuple[tuple[types.FunctionType, str], ...]
     items: bool
+
+
+def refuse_kept(model: nn.Module, at: str, skipped: Iterable[str], differs: Callable[[], str | None]) -> None:
+    """Does what comes after the cut read plain values that skipped modules set, and that may be those of others?
+
+    In the few rows of a probe a flag, a text or a size may have come out the same each time.
+
+    Args:
+        model: the model.
+        at: the name of the cut.
+        skipped: the names of the modules that do not run when it is resumed.
+        differs: resumes it; in what that gives something else than the whole model.
+
+    Raises:
+        CutError: it does.
+    """
+    inner = {
+        id(module): (path, module)
+        for name in sorted(skipped)
+        for path, module in model.get_submodule(name).named_modules(prefix=name)
+    }
+    places = kept_by(inner.values(), [module for module in model.modules() if id(module) not in inner])
+    for gone in (True, False) if places else ():
+        with spoiled(places, gone=gone):
+            found = differs()
+        if found is not None:
+            names = ", ".join(sorted({place.name for place in places})[:3])
+            raise CutError(
+                f"{at}: a module before the cut keeps a number, a flag or a text where others read it ({names}); on a "
+                f"resumed call it does not run, and that would be of another batch ({found}). Cut at an earlier "
+                "submodule, or return it."
+            )
 
 
 class Kept(NamedTuple):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
+from ..errors import CutError
 
 __all__ = ["Tags"]
 
@@ -20,28 +22,34 @@ class Tags:
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._before: list[tuple[dict[str, Any], dict[str, Any]]] = [(vars(one), dict(vars(one))) for one in tensors]
 
-    @property
-    def there(self) -> bool:
-        """Whether there were any."""
-        return any(before for _, before in self._before)
-
     def put_back(self) -> None:
         """Have those that there were."""
         for now, before in self._before:
             now.clear()
             now.update(before)
 
-    def take_away(self) -> None:
-        """Have none."""
-        for now, _ in self._before:
-            now.clear()
+    def refuse(self, at: str, again: Callable[[], object]) -> None:
+        """After a run up to the cut: it must not have set any.
 
-    def others(self) -> list[str]:
-        """The names of those that are others now than there were."""
-        return sorted(
-            {name for now, was in self._before for name in now if name not in was or now[name] is not was[name]}
-        )
+        Args:
+            at: the name of the cut.
+            again: runs the model up to the cut.
 
-    def now(self) -> list[str]:
-        """The names of all that there are now."""
-        return sorted({name for now, _ in self._before for name in now})
+        Raises:
+            CutError: it did.
+        """
+        found = sorted({name for now, was in self._before for name in now if now[name] is not was.get(name, self)})
+        if not found and any(was for _, was in self._before):  # an earlier call may have set the same
+            for now, _ in self._before:
+                now.clear()
+            try:
+                again()
+                found = sorted({name for now, _ in self._before for name in now})
+            except Exception:  # they are read before the cut, so they are the user's own
+                found = []
+        self.put_back()
+        if found:
+            raise CutError(
+                f"{at}: before the cut, the forward sets {found[0]} on a tensor that it is given, which a resumed "
+                "call would not do. Cut at an earlier submodule, or return it."
+            )
