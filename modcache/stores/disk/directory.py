@@ -246,7 +246,8 @@ class Directory:
         try:
             for part in parts:
                 inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | _NO_FOLLOW, dir_fd=folder)
-                outer, folder = folder, inner  # first: an interrupt may leak a descriptor, but must never close one twice
+                # In this order: an interrupt may leak a descriptor, but must never close one twice.
+                outer, folder = folder, inner
                 os.close(outer)
             return _regular(os.open(name, flags | _SAFE, 0o600, dir_fd=folder), name)
         finally:
