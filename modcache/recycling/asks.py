@@ -64,10 +64,10 @@ _ANSWERS = frozenset(
 )
 """What tells Python values."""
 
-_CARRIES_AWAY = frozenset("numpy __array__ __dlpack__ untyped_storage storage _typed_storage".split())
+_CARRIES_AWAY = frozenset("numpy __array__ __dlpack__".split())
 """What carries values out of torch, where nobody sees what happens to them."""
 
-ESCAPES = _CARRIES_AWAY | {"tolist", "data_ptr", "__repr__", "__format__"}
+ESCAPES = _CARRIES_AWAY.union("tolist data_ptr untyped_storage storage _typed_storage __repr__ __format__".split())
 """What carries values out of torch without an operation that shows it."""
 
 _SIZES = frozenset(
