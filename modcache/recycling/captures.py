@@ -52,15 +52,24 @@ def capture(
         CutError: the cut was not reached.
     """
     shadow.take_over(training=False)
-    given, run.branches = owned(arguments), branches
+    given, run.branches, before = owned(arguments), branches, _versions(shadow)
     try:
         with torch.inference_mode(False), torch.no_grad(), running(run), branches:
             forward(shadow.root, *given.args, **given.kwargs)
     except Reached:
         pass
+    if _versions(shadow) != before:
+        raise CutError(
+            f"{at}: on the way to the cut, the forward writes into a parameter in place, in eval mode or as it leaves "
+            "training mode, and did so now. Cut at an earlier submodule, or take that write out."
+        )
     if run.arguments is None:
         raise not_reached(at, run.call, run.cut_calls)
     return Found(run, dict(located(run.arguments)))
+
+
+def _versions(shadow: Shadow) -> list[int]:
+    return [value._version for value in shadow.model.parameters() if not value.is_inference()]
 
 
 def not_reached(at: str, call: int, calls: int) -> CutError:
