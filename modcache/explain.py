@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from .keys import Keyed
 from .keys.parts import Part, Texts, Values
-from .locks import Lock
+from .locks import lock_of
 
 __all__ = ["Explanation", "Memory", "differing_parts"]
 
@@ -65,7 +65,7 @@ class Memory:
     """Remembers what the keys of the latest computed rows were made of: a few lists for each call."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        self._lock = lock_of(self)
         self._calls: deque[_Call] = deque()
         self._rows = 0
 

@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import weakref
-from types import TracebackType
+from typing import Any
 
-__all__ = ["Lock"]
+__all__ = ["lock_of"]
+
+_owners: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-class Lock:
-    """A lock that its thread may take again. What it guards must be of use to a child also when cut in two by a fork.
+def lock_of(owner: object) -> threading.RLock:
+    """A lock for the ``_lock`` of an object or a Python module, which gets another one in each child of a fork.
 
-    >>> lock = Lock()
-    >>> with lock, lock:
+    What it guards must be of use to a child also where the fork cut a change of it in two.
+
+    >>> class Counter:
+    ...     def __init__(self):
+    ...         self._lock = lock_of(self)
+    >>> with Counter()._lock:
     ...     pass
     """
-
-    __slots__ = ("__weakref__", "_inner")
-
-    def __init__(self) -> None:
-        self._inner = threading.RLock()
-        _all.add(self)
-
-    def __enter__(self) -> None:
-        self._inner.acquire()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(RuntimeError):  # this thread forked in between, and this is the child
-            self._inner.release()
-
-    def renew(self) -> None:
-        """Open it, in a child whose other threads are gone."""
-        self._inner = threading.RLock()
-
-
-_all: weakref.WeakSet[Lock] = weakref.WeakSet()
+    _owners.add(owner)
+    return threading.RLock()
 
 
 def _renew_all() -> None:
-    for lock in list(_all):
-        lock.renew()
+    for owner in list(_owners):
+        owner._lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

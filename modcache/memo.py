@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from .explain import Memory
 from .keys import Extractor
 from .keys.tokens import PaddingWatch
-from .locks import Lock
+from .locks import lock_of
 from .looking import look_up_in
 from .manifests import TokenDims, Word
 from .notices import log, warn
@@ -123,7 +123,7 @@ class Memo:
         self.hooks: dict[int, CallHook] = {}
         self.recipes: dict[object, Recipe] = {}
         self._counters = Counters()
-        self._lock = Lock()
+        self._lock = lock_of(self)
         self._said: set[str] = set()
         self._fleeting = False
         self._findings = _findings_in(store)

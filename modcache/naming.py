@@ -9,7 +9,7 @@ from torch import nn
 
 from .digest import KEY_SCHEME, digest, encode, frame
 from .fingerprint import UNDETERMINED, Fingerprint, Identity, context_facts
-from .locks import Lock
+from .locks import lock_of
 from .requested import Requested
 
 __all__ = ["Context", "Naming", "State"]
@@ -33,7 +33,7 @@ class Naming:
         self._identity = identity
         self._options = (requested.options.extractor.name, requested.version, requested.per_row)
         self._undigested_from = undigested_from
-        self._lock = Lock()
+        self._lock = lock_of(self)
         self._token = uuid.uuid4().hex
         self._names: dict[State, str] = {}
         self._fingerprints: dict[int, Fingerprint] = {}

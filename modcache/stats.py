@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
-from .locks import Lock
+from .locks import lock_of
 
 __all__ = ["CallHook", "CallReport", "Counters", "Seconds", "Stats"]
 
@@ -130,7 +130,7 @@ class Counters:
     """Adds up the reports of a module's calls; safe in threads."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        self._lock = lock_of(self)
         self._calls = self._rows = self._hits = self._computed = self._bypassed = self._refused = 0
         self._reasons: Counter[str] = Counter()
         self._keys = self._lookup = self._computing = self._storing = 0.0

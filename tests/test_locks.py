@@ -1,7 +1,9 @@
 """A child of a fork is held up by no lock that another thread of its parent held."""
 
+import contextlib
 import os
 import threading
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from modcache import cache_of, cached_module, register_key_extractor
 from modcache.keys import files, registry
-from modcache.locks import Lock
+from modcache.locks import lock_of
 from tests.hazards import frozen
 
 X = torch.randn(4, 3)
@@ -52,12 +54,11 @@ def test_every_lock_is_open_in_a_child():
 
     def hold():
         held = locks_of(module)
-        for lock in held:
-            lock.__enter__()
-        taken.set()
-        done.wait()
-        for lock in held:
-            lock.__exit__(None, None, None)
+        with contextlib.ExitStack() as all_of_them:
+            for lock in held:
+                all_of_them.enter_context(lock)
+            taken.set()
+            done.wait()
 
     def act():
         module(torch.cat([X, -X]))
@@ -76,12 +77,26 @@ def test_every_lock_is_open_in_a_child():
 
 def test_a_thread_that_forks_within_a_block_leaves_it_in_both():
     """The child leaves a block that its parent entered, and the lock works in either."""
-    lock = Lock()
-    with lock:
+    owner = Thing()
+    owner._lock = lock_of(owner)
+    with owner._lock:
         child = os.fork()
     if not child:
-        with lock:
+        with owner._lock:
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    with lock, lock:
+    with owner._lock, owner._lock:
         pass
+
+
+def test_a_lock_is_one_of_the_interpreter():
+    """An interrupt finds no place in Python code between taking it and the block that gives it back."""
+    assert type(lock_of(Thing())) is type(threading.RLock())
+
+
+def test_owners_are_not_kept_alive():
+    """What had a lock can go."""
+    owner = Thing()
+    owner._lock, gone = lock_of(owner), weakref.ref(owner)
+    del owner
+    assert gone() is None

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..digest import digest, encode
-from ..locks import Lock
+from ..locks import lock_of
 from .facts import UNDETERMINED, Fingerprint, Standing, Suspect
 from .settle import Changes, changes
 from .strangers import Strangers
@@ -81,7 +81,7 @@ class Identity:
         self._also = dict(also)
         self._eager_bytes = eager_bytes
         self._asked = False
-        self._lock = Lock()
+        self._lock = lock_of(self)
         self._turns = itertools.count(1)
         self._look: _Look | None = None
         self._weights = Weights()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 from ..digest import encode, frame, hasher
-from ..locks import Lock
+from ..locks import lock_of
 
 __all__ = ["CHECKS", "path_key"]
 
@@ -20,7 +21,7 @@ _REMEMBERED = 1 << 20
 
 _Stamp = tuple[int, int, int, int, int]
 _digests: dict[_Stamp, bytes] = {}
-_lock = Lock()
+_lock = lock_of(sys.modules[__name__])
 
 
 def path_key(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], check: str) -> bytes:

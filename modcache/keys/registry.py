@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 from ..digest import PLAIN_TYPES, digest, encode, frame
 from ..errors import KeyExtractionError, UsageTypeError
 from ..fingerprint import callable_digest
-from ..locks import Lock
+from ..locks import lock_of
 from ..tensors import NoContentError
 from .files import path_key
 
@@ -23,7 +24,7 @@ Function = TypeVar("Function", bound=Callable[[Any], object])
 _by_type: dict[type, tuple[Callable[[Any], object], bytes]] = {}
 _by_name: dict[str, tuple[Callable[[Any], object], bytes]] = {}
 _resolved: dict[type, tuple[Callable[[Any], object], bytes] | None] = {}
-_lock = Lock()  # what was looked up before a registration is not written down after it
+_lock = lock_of(sys.modules[__name__])  # what was looked up before a registration is not written down after it
 
 _BY_VALUE = PLAIN_TYPES | {torch.Tensor, torch.nn.Parameter}
 """Types whose keys are made without asking the registry; their subclasses may be registered."""
