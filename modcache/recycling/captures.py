@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from .kinds import Asked, owned
 from .plan import Plan, Shapes
 from .runs import Capture, Reached
 from .shadow import ABSENT, Shadow, Written, running
-from .trees import Step, located
+from .trees import Step, located, same_but_tensors
 
 __all__ = [
     "Found",
@@ -25,6 +25,7 @@ __all__ = [
     "captured_rows",
     "not_reached",
     "refuse_feeding",
+    "refuse_other_structures",
     "rows_of_capture",
     "shapes_of",
     "value_in",
@@ -115,6 +116,28 @@ def rows_of_capture(plan: Plan, found: Found) -> tuple[torch.Tensor, ...]:
         assert stored.axis is not None
         tensors.append(to_rows(value.detach(), stored.axis))
     return tuple(tensors)
+
+
+def refuse_other_structures(captures: Sequence[Found]) -> None:
+    """Look at captures of some rows each: were the same modules called, and did they give the same but for tensors?
+
+    Raises:
+        CutError: they were not.
+    """
+    full = captures[0].capture
+    for other in (found.capture for found in captures[1:]):
+        if full.templates.keys() != other.templates.keys():
+            names = {path for path, _ in full.templates.keys() ^ other.templates.keys()}
+            raise CutError(
+                f"{', '.join(sorted(names)[:3])}: whether it is called before the cut depends on which rows are in "
+                "the batch. Cut at an earlier submodule, or make the way the same for all rows."
+            )
+        for called, output in full.outputs.items():
+            if not same_but_tensors(output, other.outputs[called]):
+                raise CutError(
+                    f"{called[0]}, which comes before the cut, returns beside tensors something that depends on "
+                    "which rows are in the batch. Cut at an earlier submodule."
+                )
 
 
 def captured_rows(

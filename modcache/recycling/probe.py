@@ -17,7 +17,7 @@ from ..selfcheck import preserved_randomness
 from .alike import difference
 from .axes import floor_of, rows_agree
 from .branches import Branch, Branches
-from .captures import Found, capture, not_reached, rows_of_capture
+from .captures import Found, capture, not_reached, refuse_other_structures, rows_of_capture
 from .ghosts import Ghost, unwrapped
 from .kinds import Asked, owned
 from .origins import Origin
@@ -31,7 +31,7 @@ from .spoiling import refuse_kept
 from .stashes import Stashes
 from .tags import Tags
 from .trace import Mark, Trace
-from .trees import Step, located, mapped, same_but_tensors
+from .trees import Step, located, mapped
 from .untouched import seed, untouched
 
 __all__ = ["probe"]
@@ -125,7 +125,7 @@ class _Probe:
             others.append(self.captured(self.taken(places)))
             stashes.note()
         captures = (found, *others)
-        self._compare_structures(captures)
+        refuse_other_structures(captures)
         ghostly = self._ghostly(found, batch)
         if not ghostly:
             raise CutError(
@@ -178,22 +178,6 @@ class _Probe:
             yield column.path, value_at(arguments, column.path)
         for path, _ in self.asked.batch.shared:
             yield path, value_at(arguments, path)
-
-    def _compare_structures(self, captures: tuple[Found, ...]) -> None:
-        full = captures[0]
-        for other in captures[1:]:
-            if full.capture.templates.keys() != other.capture.templates.keys():
-                names = {path for path, _ in full.capture.templates.keys() ^ other.capture.templates.keys()}
-                raise CutError(
-                    f"{', '.join(sorted(names)[:3])}: whether it is called before the cut depends on which rows are in "
-                    "the batch. Cut at an earlier submodule, or make the way the same for all rows."
-                )
-            for called, output in full.capture.outputs.items():
-                if not same_but_tensors(output, other.capture.outputs[called]):
-                    raise CutError(
-                        f"{called[0]}, which comes before the cut, returns beside tensors something that depends on "
-                        "which rows are in the batch. Cut at an earlier submodule."
-                    )
 
     def _compare_sizes(self, plan: Plan) -> None:
         """Whether the rows come out among all of the first batch as they do among the few of the probe."""
