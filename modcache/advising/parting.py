@@ -103,7 +103,7 @@ def _recycled(model: nn.Module, batch: Any, called: Called, *, extra: bool, now:
     args, kwargs = arguments_of(batch)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", CacheWarning)
-        recycle(twin, at, call, extra=extra, batch=batch)
+        recycle(twin, at, call=call, extra=extra, batch=batch)
         cut = cache_of(twin).cut
         assert cut is not None, "a recycled model has a cut"
         twin(*args, **kwargs)  # computes the rows, and the first resumed call
