@@ -26,6 +26,7 @@ M = TypeVar("M", bound=nn.Module)
 def recycle(
     model: M,
     at: str,
+    *,
     call: int = 0,
     extra: bool = False,
     batch: Any = None,
