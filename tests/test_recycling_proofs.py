@@ -363,12 +363,3 @@ def test_an_attribute_set_on_an_input_is_refused(seen: bool) -> None:
     with pytest.raises(CutError, match="sets tag on"):
         recycle(model, at="head", batch=(x,))
     assert hasattr(x, "tag") == seen
-
-
-def test_a_batch_is_given_by_name() -> None:
-    """What comes after the name of the cut has names, so a batch in its place is told at once."""
-    model = Normed(Coupled(0.0)).eval()
-    with pytest.raises(TypeError, match="positional"):
-        recycle(model, "norm", torch.randn(4, WIDTH))  # type: ignore[misc]
-    recycle(model, "norm", batch=torch.randn(4, WIDTH))
-    assert cache_of(model).cut.probed

@@ -26,7 +26,6 @@ M = TypeVar("M", bound=nn.Module)
 def recycle(
     model: M,
     at: str,
-    *,
     call: int = 0,
     extra: bool = False,
     batch: Any = None,
