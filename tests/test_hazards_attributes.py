@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from modcache import MemoryStore, cache_of, cached_module
-from tests.hazards import agree, computed, frozen, hits
+from tests.hazards import Quiet, agree, computed, frozen, hits
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -382,8 +382,12 @@ def test_a_module_within_a_package(elsewhere):
 
 @pytest.mark.parametrize("layer", [nn.GELU(), Scaled(1.0, lambda held: held)])
 def test_a_function_of_torch_that_is_replaced(layer, monkeypatch):
-    """Some libraries tell their users to put their own function into `torch.nn.functional`."""
+    """Some libraries tell their users to put their own function into `torch.nn.functional`; mostly before any call."""
     functional = nn.functional
+    before = cached_module(copy.deepcopy(layer), freeze=True)
+    with monkeypatch.context() as first:
+        first.setattr(functional, "gelu", lambda x, approximate="none": x * 7)
+        agree(before, frozen(copy.deepcopy(layer)), X)
 
     class Activated(nn.Module):
         def forward(self, x):
@@ -393,6 +397,9 @@ def test_a_function_of_torch_that_is_replaced(layer, monkeypatch):
     module = cached_module(copy.deepcopy(plain))
     agree(module, plain, X)
     monkeypatch.setattr(functional, "gelu", lambda x, approximate="none": x * 100)
+    with Quiet():  # it is looked at in turn, so it may be noticed late
+        for _ in range(16):
+            module(X)
     agree(module, plain, X)
 
 

@@ -175,7 +175,8 @@ class Reader(ValueReader):
         for name in known:
             value = inner.get(name)
             if isinstance(value, types.ModuleType):
-                self.seen.refer(inner, name, value)
+                refer = self.seen.refer_to_library if of_library(module.__name__) else self.seen.refer
+                refer(inner, name, value)
                 found.append(self._inside(value, known, done))
             elif name in inner and of_library(module.__name__):
                 found.append(self._library_name(inner, name))
@@ -188,7 +189,7 @@ class Reader(ValueReader):
         value = inner[name]
         if not callable(value):
             return b""
-        self.seen.refer(inner, name, value)
+        self.seen.refer_to_library(inner, name, value)
         if of_library(getattr(value, "__module__", None)) and not isinstance(value, functools.partial):
             return b""
         return self._replaced(f"{inner.get('__name__')}.{name}", value)
@@ -222,10 +223,10 @@ class Reader(ValueReader):
         names = frame(b"classes", encode([class_name(base) for base in cls.__mro__]))
         patched = [base for base in cls.__mro__ if of_library(base.__module__) and _forward_is_foreign(base)]
         if installed_class(cls) and not of_library(cls.__module__):  # it may be called by way of a registry
-            self.seen.refer(FUNCTIONAL, _MOST_REPLACED, FUNCTIONAL[_MOST_REPLACED])
+            self.seen.refer_to_library(FUNCTIONAL, _MOST_REPLACED, FUNCTIONAL[_MOST_REPLACED])
         for base in cls.__mro__:
             for name in _functions_of_layer(base) if base.__module__.startswith("torch.nn.") else ():
-                self.seen.refer(FUNCTIONAL, name, FUNCTIONAL.get(name))
+                self.seen.refer_to_library(FUNCTIONAL, name, FUNCTIONAL.get(name))
         return names + b"".join(self.value(vars(base)["forward"], f"{class_name(base)}.forward") for base in patched)
 
     def _reach_class(self, cls: type) -> None:

@@ -46,6 +46,8 @@ class Seen:
     locals: dict[int, threading.local] = dataclasses.field(default_factory=dict)
     globals: dict[int, tuple[dict[str, object], dict[str, object]]] = dataclasses.field(default_factory=dict)
     """Namespaces of Python modules, and the names in them that code reads with what they were bound to."""
+    of_libraries: dict[int, tuple[dict[str, object], dict[str, object]]] = dataclasses.field(default_factory=dict)
+    """The same for Python modules of libraries, in which hardly anybody ever puts something else."""
     absent: dict[str, None] = dataclasses.field(default_factory=dict)
     """Python modules that code imports when it runs, and that nobody imported yet."""
     cells: dict[int, tuple[types.CellType, object]] = dataclasses.field(default_factory=dict)
@@ -62,6 +64,10 @@ class Seen:
     def refer(self, namespace: dict[str, object], name: str, value: object) -> None:
         """Remember that code reads ``name`` from a namespace."""
         self.globals.setdefault(id(namespace), (namespace, {}))[1][name] = value
+
+    def refer_to_library(self, namespace: dict[str, object], name: str, value: object) -> None:
+        """Remember that code reads ``name`` from the namespace of a library."""
+        self.of_libraries.setdefault(id(namespace), (namespace, {}))[1][name] = value
 
     def reach(self, name: str, content: bytes) -> None:
         """Remember what a global name leads to (two things of one name are both kept)."""

@@ -159,12 +159,14 @@ class Watch:
         """What hardly ever changes is looked at a part at a time, so a change may be noticed late.
 
         The code and defaults of functions (a reloader puts new code into old functions), the bodies of
-        installed classes besides ``forward``, and what a torch layer's own ``forward`` does not read.
+        installed classes besides ``forward``, what a torch layer's own ``forward`` does not read, and the functions
+        of libraries that code reads by name.
         """
         places: Places = [(_code, function) for function in found.seen.functions.values()]
         theirs = [cls for cls in found.seen.classes.values() if cls not in found.seen.busy and installed_class(cls)]
         places += [(_body, vars(cls)) for cls in theirs]
         places += [(getter(names), vars(found.modules[name])) for name, names in found.idle.items() if name]
+        places += [(getter(tuple(names)), namespace) for namespace, names in found.seen.of_libraries.values()]
         places += in_pieces(self._outside.later)
         self._turns = Turns(places)
 
@@ -249,7 +251,7 @@ class Watch:
         self._versions = list(map(_version, self._counted))
         self._pointers = list(map(_data_ptr, self._pointed))
         self._array_pointers = list(map(_array_pointer, self._arrays))
-        parts = SETS if len(self._pointed) > _FORMS_AT_ONCE else 1
+        parts = 2 * SETS if len(self._pointed) > _FORMS_AT_ONCE else 1
         tensors = [self._pointed[number::parts] for number in range(parts)]
         self._forms = [(part, _forms_of(part)) for part in tensors]
 
