@@ -12,7 +12,7 @@ __all__ = ["asked_store", "open_store"]
 
 
 def asked_store(store: object) -> Store | str | None:
-    """The option, checked; a path is made absolute at once, so that a later ``chdir`` moves nothing.
+    """The option, checked; a path is made absolute at once, so that a later ``chdir`` moves nothing; ``~`` is the home.
 
     Raises:
         UsageError, UsageTypeError: it cannot be a store, or is the path of a file.
@@ -20,7 +20,7 @@ def asked_store(store: object) -> Store | str | None:
     if store is None:
         return None
     if isinstance(store, str | bytes | os.PathLike):
-        path = os.path.abspath(os.fsdecode(store)) if store else ""
+        path = os.path.abspath(os.path.expanduser(os.fsdecode(store))) if store else ""
         if not path:
             raise UsageError("store is the path of a cache directory; found an empty one")
         if os.path.lexists(path) and not os.path.isdir(path):

@@ -57,6 +57,15 @@ def test_a_path_is_made_absolute_at_once(tmp_path, monkeypatch):
     assert not (tmp_path / "elsewhere" / "cache").exists()
 
 
+def test_a_path_in_the_home_directory(tmp_path, monkeypatch):
+    """``~`` is what a shell makes of it; nobody wants a directory of that name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cached = cached_module(nn.Linear(3, 2), freeze=True, store="~/cache")
+    cached(BATCH)
+    cache_of(cached).close()
+    assert (tmp_path / "cache").is_dir()
+
+
 def test_two_modules_on_one_path_share_the_directory(tmp_path):
     """A process has one disk store for a directory, so that a module finds what another one just stored."""
     first = cached_module(encoder(), freeze=True, store=tmp_path / "cache")
