@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import uuid
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from functools import partial
@@ -84,7 +83,6 @@ class Attached:
         self._binder: Binder | None = None
         self._naming = Naming(self.identity, requested, undigested_from)
         self._succession = Succession(self._naming)
-        self._token = uuid.uuid4().hex
         self._wrapped = datetime.now(timezone.utc)
         self._sites: dict[State, Site] = {}
         self._fine: list[Standing | None] = [None, None]  # standings that were looked at and are no reason to bypass
@@ -170,7 +168,7 @@ class Attached:
         if keys is not None:
             return Given(keys)
         around = given_keys()
-        return None if around is None else Given(around.keys, around.number(self._token), "keys_for(...)")
+        return None if around is None else Given(around.keys, around.number(self._naming.token), "keys_for(...)")
 
     def _drop_spoiled(self) -> None:
         """Weights were written unnoticed a few calls ago: rows stored since then may be of either state."""

@@ -34,7 +34,8 @@ class Naming:
         self._options = (requested.options.extractor.name, requested.version, requested.per_row)
         self._undigested_from = undigested_from
         self._lock = lock_of(self)
-        self._token = uuid.uuid4().hex
+        self.token = uuid.uuid4().hex
+        """Tells this module from all others of all processes."""
         self._names: dict[State, str] = {}
         self._fingerprints: dict[int, Fingerprint] = {}
         self._undigested: set[str] = set()  # names that stand for a number of this process, not for content
@@ -54,7 +55,7 @@ class Naming:
         known = self._fingerprints.get(state)
         if known is not None:
             return self._digest(known.digest, around)
-        name = self._digest(encode((self._token, state)), around)
+        name = self._digest(encode((self.token, state)), around)
         self._undigested.add(name)
         return name
 

@@ -12,6 +12,7 @@ import torch
 
 from .arguments import Arguments, Binder
 from .batch import Batch, tensors_in
+from .contents import contents_of, is_changed
 from .hit import Site
 from .keys import Keyed
 from .keys.padding import fit_tokens
@@ -21,7 +22,6 @@ from .modes import without_given_keys
 from .recipe import Form
 from .rows import Rows
 from .theirs import noting
-from .undisturbed import contents_of, is_changed
 
 __all__ = ["Host", "Job", "Part", "Run", "apart", "fitted", "is_out_of_memory", "prepared", "run_rows", "run_uncached"]
 

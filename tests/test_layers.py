@@ -11,8 +11,8 @@ import modcache
 PACKAGE = Path(modcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"notices", "tensors", "theirs", "undisturbed", "locks"},
-    {"digest", "rows"},
+    {"notices", "tensors", "theirs", "contents", "locks"},
+    {"digest", "rows", "undisturbed"},
     {"row_digests", "outputs", "stats", "modes", "batch", "cut"},
     {"arguments", "sameness", "selfcheck"},
     {"fingerprint"},

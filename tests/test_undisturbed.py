@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from modcache import CacheWarning, cached_module
-from modcache.undisturbed import contents_of, is_changed, undisturbed
+from modcache.contents import contents_of, is_changed
+from modcache.undisturbed import undisturbed
 
 
 class Notes(nn.Module):

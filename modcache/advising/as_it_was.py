@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..contents import Contents, is_container, items_of, refill
 from ..selfcheck import preserved_randomness
 
 __all__ = ["as_it_was"]
@@ -35,10 +35,8 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         finally:
             for module, attributes, contents in kept:
                 for container, items in contents:
-                    _refill(container, items)
-                if _differs(list(vars(module).items()), list(attributes.items())):
-                    vars(module).clear()
-                    vars(module).update(attributes)
+                    refill(container, items)
+                refill(vars(module), list(attributes.items()))
 
 
 def _lend(place: dict[str, Any], before: dict[str, Any], copies: dict[int, torch.Tensor]) -> None:
@@ -50,36 +48,6 @@ def _lend(place: dict[str, Any], before: dict[str, Any], copies: dict[int, torch
             place[name] = copies[id(value)]
 
 
-_Contents = list[tuple[Any, list[Any]]]
-
-
-def _contents(module: nn.Module) -> _Contents:
+def _contents(module: nn.Module) -> Contents:
     """The dicts, lists and sets that a module holds, its hooks and buffers among them, and what is in each."""
-    found: _Contents = []
-    for value in vars(module).values():
-        if isinstance(value, dict):
-            found.append((value, list(value.items())))
-        elif isinstance(value, list | set | deque):
-            found.append((value, list(value)))
-    return found
-
-
-def _refill(container: Any, items: list[Any]) -> None:
-    now = list(container.items()) if isinstance(container, dict) else list(container)
-    if not _differs(now, items):
-        return
-    container.clear()
-    if isinstance(container, dict | set):
-        container.update(items)
-    else:
-        container.extend(items)
-
-
-def _differs(now: list[Any], before: list[Any]) -> bool:
-    return len(now) != len(before) or any(not _same(one, other) for one, other in zip(now, before, strict=True))
-
-
-def _same(one: Any, other: Any) -> bool:
-    if type(one) is tuple and type(other) is tuple and len(one) == len(other) == 2:  # an item of a dict
-        return one[0] is other[0] and one[1] is other[1]
-    return one is other
+    return [(value, items_of(value)) for value in vars(module).values() if is_container(value)]
