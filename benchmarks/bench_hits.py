@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from xxhash import xxh3_128_digest
 
-from benchmarks.conftest import BATCH, BATCHES, Case, cycled, side_by_side
+from benchmarks.conftest import BATCH, BATCHES, Case, cycled, each, in_groups, side_by_side
 from modcache import MemoryStore, cache_of, cached_module, mode
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TOKENS = 64  # of a row of ids
 FEATURES = 64  # of a row of floats; for torchcache, which turns outputs into the dtype of the inputs
 DIFFERENT = 32  # batches that take turns, so that no batch is in the processor's cache already
+AT_A_TURN = 8  # calls of a peer and of ours
 
 by_rows = pytest.mark.parametrize("case", BATCHES, ids=lambda case: f"{case.rows} rows")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -193,8 +194,9 @@ def test_against_torchcache(case: Case, measured: bool, report: Report) -> None:
     peer = filled(torchcache()(OfTensors)(case.width), values)
     batches = [rows for _, rows in sampled(case, values)]
     agree(plain, batches, encoder, peer)
-    sides = side_by_side(case.rounds, cycled(batches), modcache=encoder, torchcache=peer)
-    report.sides(f"hit by floats, {case.rows} rows", sides)
+    calls = in_groups(batches, AT_A_TURN)
+    sides = side_by_side(case.rounds, calls, modcache=each(encoder), torchcache=each(peer))
+    report.sides(f"{AT_A_TURN} hits by floats, {case.rows} rows", sides)
     if case.rows == BATCH.rows:
         report.goal("hit in memory, 256 rows: torchcache ÷ modcache", sides.ratio("torchcache", "modcache"), at_least=8)
 
@@ -228,8 +230,9 @@ def test_against_torch_module_cache(case: Case, measured: bool, report: Report, 
         return kept(numbered[1], cache_key=numbered[0])
 
     agree(lambda numbered: plain(numbered[1]), batches, encoder, peer)
-    sides = side_by_side(case.rounds, cycled(batches), modcache=encoder, torch_module_cache=peer)
-    report.sides(f"hit by given ints against the peer, {case.rows} rows", sides)
+    calls = in_groups(batches, AT_A_TURN)
+    sides = side_by_side(case.rounds, calls, modcache=each(encoder), torch_module_cache=each(peer))
+    report.sides(f"{AT_A_TURN} hits by given ints against the peer, {case.rows} rows", sides)
     assert cache_of(cached).stats.computed == case.stored
     if case.rows == BATCH.rows:
         ratio = sides.ratio("torch_module_cache", "modcache")

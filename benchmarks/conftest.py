@@ -24,7 +24,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -157,6 +157,25 @@ def cycled(batches: Iterable[Any]) -> Callable[[int], tuple[Any, ...]]:
     """Inputs for `side_by_side`: each round gets the next of these batches, from the first again after the last."""
     kept = list(batches)
     return lambda turn: (kept[turn % len(kept)],)
+
+
+def in_groups(batches: Sequence[Any], size: int) -> Callable[[int], tuple[Any, ...]]:
+    """As `cycled`, for sides that are `each` of so many batches: a round gets the next group."""
+    return cycled([batches[at : at + size] for at in range(0, len(batches), size)])
+
+
+def each(side: Callable[[Any], torch.Tensor]) -> Callable[[Sequence[Any]], None]:
+    """Calls a side with one batch after the other, as a loop does that uses nothing else.
+
+    Against a side that is many times slower this is what compares them: such a side empties the processor's caches,
+    and a single call after it would be slowed down by what no loop has in it.
+    """
+
+    def run(batches: Sequence[Any]) -> None:
+        for batch in batches:
+            side(batch)
+
+    return run
 
 
 # --- the report -----------------------------------------------------------------------------------------
