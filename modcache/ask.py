@@ -64,7 +64,7 @@ def _refuse(argument: str) -> None:
 
 def refuse_blocked(memo: Memo, form: Form) -> None:
     """Bypass calls of a form that was found not to be rows."""
-    if (reason := memo.blocked(form)) is not None:
+    if (reason := memo.findings.blocked(form)) is not None:
         raise Bypass(reason)
 
 
@@ -161,7 +161,7 @@ def explained(
         refuse_grad(arguments)
     found = memo.contains(namespace, keyed.keys)
     answers = memo.memory.explain(namespace, keyed, shared_digests(batch), found, namespaces)
-    if memo.passed(namespace, form) is not None or len(set(keyed.keys)) < 2:
+    if memo.findings.passed(namespace, form) is not None or len(set(keyed.keys)) < 2:
         return answers
     why = "stored, but batches of this form are not checked yet: the first one is computed as a whole"
     return [Explanation(answer.row, False, why) if answer.hit else answer for answer in answers]

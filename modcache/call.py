@@ -126,8 +126,8 @@ def bypass(
 def _cached(job: Job, found: tuple[Found, ...], began: float, keyed_at: float) -> object:
     memo, namespace, keyed = job.memo, job.site.namespace, job.keyed
     mode = current_mode()
-    unchecked = mode != "require-hit" and memo.passed(namespace, job.form) is None
-    untested = differences(job.batch, memo.untested(namespace, job.form)) if mode != "require-hit" else ()
+    unchecked = mode != "require-hit" and memo.findings.passed(namespace, job.form) is None
+    untested = differences(job.batch, memo.findings.untested(namespace, job.form)) if mode != "require-hit" else ()
     ragged = keyed.tokens is not None
     plan = plan_call(keyed.keys, found, unchecked=unchecked, ragged=ragged)
     if untested and not plan.found:
@@ -200,7 +200,7 @@ def _refuse_contradiction(job: Job, found: tuple[Found, ...], plan: CallPlan, co
 def _put(job: Job, plan: CallPlan, computed: Computed) -> None:
     memo, keys = job.memo, [job.keyed.keys[place] for place in plan.compute]
     if not computed.checked:
-        memo.note_unchecked(job.site.namespace, job.form, keys)
+        memo.findings.note_unchecked(job.site.namespace, job.form, keys)
     memo.note_put(job.host.turn, job.site.namespace, keys)
     for numbers, rows in computed.parts:
         memo.put(job.site.namespace, [keys[number] for number in numbers.tolist()], rows)

@@ -45,8 +45,8 @@ def compute(job: Job, places: list[int], *, check: bool) -> Computed:
     """
     memo, site, tokens = job.memo, job.site, job.keyed.tokens
     width = 0 if tokens is None else int(tokens.lengths[places].max())
-    dims = memo.passed(site.namespace, job.form)
-    unknown = dims is None and (check or not memo.is_steady(site.namespace, job.form))
+    dims = memo.findings.passed(site.namespace, job.form)
+    unknown = dims is None and (check or not memo.findings.is_steady(site.namespace, job.form))
     before = random_state() if unknown else ()
     run = run_rows(job, places, width)
     draws = unknown and before != random_state()
@@ -61,7 +61,7 @@ def compute(job: Job, places: list[int], *, check: bool) -> Computed:
         found = _self_check(job, places, rows, run, width, draws=draws)
         dims = dims if found is None and tokens is not None else found
     elif unknown and (not draws or _steady(job, places, rows, run, width, ((),) * len(rows.layout.leaves))):
-        memo.note_steady(site.namespace, job.form)
+        memo.findings.note_steady(site.namespace, job.form)
     if tokens is None:
         return Computed(((np.arange(len(places)), rows),), checked=dims is not None)
     if dims is None:

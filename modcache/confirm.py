@@ -63,9 +63,9 @@ def confirm(job: Job, plan: CallPlan, computed: Computed | None, names: tuple[st
         raise
     if found is not None:
         raise self_check_failed(job, f"rows that are stored came out otherwise among rows of another kind: {found[1]}")
-    dims = memo.passed(namespace, job.form)
+    dims = memo.findings.passed(namespace, job.form)
     if dims is not None:
-        memo.let_pass(namespace, job.form, dims, memo.untested(namespace, job.form).difference(names))
+        memo.let_pass(namespace, job.form, dims, memo.findings.untested(namespace, job.form).difference(names))
 
 
 def _found_otherwise(job: Job, plan: CallPlan, computed: Computed | None, places: list[int]) -> tuple[int, str] | None:

@@ -72,8 +72,8 @@ def hit(
         return Missed(outline)
     if keys is None:
         return Missed(outline)
-    checked = memo.passed(site.namespace, recipe.form) is not None
-    untested = memo.untested(site.namespace, recipe.form)
+    checked = memo.findings.passed(site.namespace, recipe.form) is not None
+    untested = memo.findings.untested(site.namespace, recipe.form)
     if untested and recipe.differs(untested, args, kwargs):  # asked here, its arguments are in the cache still
         checked = False
     keyed_at = perf_counter()
@@ -104,7 +104,7 @@ _NOTHING = Missed()
 
 def _lent(memo: Memo, site: Site, recipe: Recipe, keys: list[bytes]) -> Rows | None:
     """The rows of a call padded to its width, copied once, where they have tokens and the store can lend them."""
-    lend, dims = getattr(memo.store, "lend", None), memo.passed(site.namespace, recipe.form)
+    lend, dims = getattr(memo.store, "lend", None), memo.findings.passed(site.namespace, recipe.form)
     if lend is None or recipe.tokens is None or not any(dims or ()):
         return None
     rows: Rows | None = lend(site.namespace, keys, partial(pad_lent, recipe.size, recipe.tokens.like.width))

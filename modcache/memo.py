@@ -1,15 +1,15 @@
-"""What all calls of one cached module share: options, store, counts, and what the self-checks found."""
+"""What all calls of one cached module share: options, store, counts, findings, and what is said once."""
 
 from __future__ import annotations
 
 import logging
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .explain import Memory
+from .findings import Findings
 from .keys import Extractor
 from .keys.tokens import PaddingWatch
 from .locks import lock_of
@@ -24,8 +24,6 @@ from .stores import Found, MemoryStore, Store, TieredStore, bytes_of
 __all__ = ["Bypass", "Memo", "Options"]
 
 _NOTHING = object()
-_MOST_UNCHECKED = 1 << 16
-_NO_NAMES: frozenset[str] = frozenset()
 
 Known = TypeVar("Known")
 
@@ -62,40 +60,6 @@ class Options:
     verify: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Findings:
-    """What self-checks found of the calls of each form in each namespace.
-
-    Args:
-        passed: the token dimensions of the outputs, where one passed.
-        untested: in what the rows were the same that were checked, where they were.
-    """
-
-    passed: dict[tuple[str, Form], TokenDims] = field(default_factory=dict)
-    untested: dict[tuple[str, Form], frozenset[str]] = field(default_factory=dict)
-
-
-_shared: weakref.WeakKeyDictionary[Any, _Findings] = weakref.WeakKeyDictionary()
-
-
-def _findings_in(store: Store) -> _Findings:
-    """What is known in a store: a copy, or a module of the same content, need not compute stored rows once more."""
-    try:
-        return _shared.setdefault(store, _Findings())
-    except TypeError:  # a store of the user's that has no hash or no weak reference
-        return _Findings()
-
-
-def _rename(known: dict[tuple[str, Form], Known], old: str, new: str) -> None:
-    for key in [key for key in known if key[0] == old]:
-        known[new, key[1]] = known.pop(key)
-
-
-def _forget(known: dict[tuple[str, Form], Any], namespace: str) -> None:
-    for key in [key for key in known if key[0] == namespace]:
-        known.pop(key, None)
-
-
 def _passing(store: Store) -> Store | None:
     """The part of a store that ends with the process."""
     if isinstance(store, TieredStore):
@@ -110,14 +74,22 @@ class Memo:
         name: the class name of the module, for messages.
         options: how it is cached.
         store: where its rows lie.
+        findings: makes what is known of the forms of its calls.
     """
 
-    def __init__(self, name: str, options: Options, store: Store) -> None:
+    def __init__(
+        self,
+        name: str,
+        options: Options,
+        store: Store,
+        findings: Callable[[Store, Word], Findings] = Findings,
+    ) -> None:
         self.name = name
         self.options = options
         self.store = store
         self.look_up = look_up_in(store)
         self.word = Word(store, name)
+        self.findings = findings(store, self.word)
         self.memory = Memory()
         self.padding = PaddingWatch()
         self.hooks: dict[int, CallHook] = {}
@@ -126,75 +98,22 @@ class Memo:
         self._lock = lock_of(self)
         self._said: set[str] = set()
         self._fleeting = False
-        self._findings = _findings_in(store)
-        self._blocked: dict[Form, str] = {}
-        self._steady: set[tuple[str, Form]] = set()
-        self._unchecked: dict[tuple[str, Form], list[bytes] | None] = {}
         self._moved = 0
         self._latest: deque[tuple[int, str, Sequence[bytes]]] = deque(maxlen=64)
 
     # --- what was found out about calls of a form
 
-    def blocked(self, form: Form) -> str | None:
-        """Why calls of this form are bypassed for good, if they are."""
-        return self._blocked.get(form) if self._blocked else None
-
     def block(self, form: Form, reason: str) -> None:
         """Bypass calls of this form from now on, and drop what they stored unchecked."""
-        with self._lock:
-            self._blocked[form] = reason
-            dropped = [(key, self._unchecked.pop(key)) for key in list(self._unchecked) if key[1] == form]
-        for (namespace, _), keys in dropped:
+        for namespace, keys in self.findings.block(form, reason):
             self.delete(namespace, keys)
-        for namespace in {namespace for namespace, known in [*self._findings.passed] if known == form}:
+        for namespace in self.findings.namespaces(form):
             self._leave_word(namespace, form, None)
 
-    def passed(self, namespace: str, form: Form) -> TokenDims | None:
-        """The token dimensions of the outputs (mostly none) once a self-check passed, else ``None``."""
-        if self._blocked and form in self._blocked:
-            return None
-        known = self._findings.passed.get((namespace, form))
-        return self._passed_before(namespace, form) if known is None and self.word.lasts else known
-
-    def untested(self, namespace: str, form: Form) -> frozenset[str]:
-        """In what the rows of all batches were the same that passed a self-check: it says nothing of rows that differ.
-
-        These are the names that `sameness` gives; mostly none.
-        """
-        known = self._findings.untested
-        return known.get((namespace, form), _NO_NAMES) if known else _NO_NAMES
-
     def let_pass(self, namespace: str, form: Form, dims: TokenDims, same: frozenset[str] = frozenset()) -> None:
-        """Calls of this form may serve and store rows of this namespace from now on.
-
-        Args:
-            namespace: of the rows.
-            form: of the calls.
-            dims: the token dimensions of the outputs.
-            same: in what the rows were the same that were checked; calls whose rows differ in it are to be checked yet.
-        """
-        key = namespace, form
-        with self._lock:
-            if key in self._findings.passed:
-                same &= self._findings.untested.get(key, _NO_NAMES)
-            self._note_passed(key, dims, same)
-            self._unchecked.pop(key, None)
+        """Calls of this form may serve and store rows of this namespace from now on (see `Findings.let_pass`)."""
+        self.findings.let_pass(namespace, form, dims, same)
         self._leave_word(namespace, form, dims, same)
-
-    def _note_passed(self, key: tuple[str, Form], dims: TokenDims, same: frozenset[str]) -> None:
-        if same:  # first: who sees that it passed sees this as well
-            self._findings.untested[key] = same
-        self._findings.passed[key] = dims
-        if not same:
-            self._findings.untested.pop(key, None)
-
-    def _passed_before(self, namespace: str, form: Form) -> TokenDims | None:
-        """As `passed`, by what an earlier run left word of."""
-        known = self.word.passed(namespace, form)
-        if known is None:
-            return None
-        self._note_passed((namespace, form), *known)
-        return known[0]
 
     def _leave_word(
         self, namespace: str, form: Form, dims: TokenDims | None, same: frozenset[str] = frozenset()
@@ -202,23 +121,7 @@ class Memo:
         if self.word.lasts:
             self._guarded("describing", lambda: self.word.note(namespace, form, dims, same))
 
-    def is_steady(self, namespace: str, form: Form) -> bool:
-        """Whether the module draws no random numbers on single rows of this form, or makes no use of them."""
-        return (namespace, form) in self._steady
-
-    def note_steady(self, namespace: str, form: Form) -> None:
-        """That need not be looked at again and again."""
-        with self._lock:
-            self._steady.add((namespace, form))
-
-    def note_unchecked(self, namespace: str, form: Form, keys: Sequence[bytes]) -> None:
-        """Rows were stored although nothing could be checked with them; a failing check drops them."""
-        with self._lock:
-            known = self._unchecked.setdefault((namespace, form), [])
-            if known is not None and len(known) < _MOST_UNCHECKED:
-                known.extend(keys)
-            else:  # a module that is only ever called with single rows; should it fail a check, all of them go
-                self._unchecked[namespace, form] = None
+    # --- weights that moved
 
     def note_put(self, turn: int, namespace: str, keys: Sequence[bytes]) -> None:
         """Rows are stored that rely on a look at the weights; a write that is noticed late may reach back to it."""
@@ -306,9 +209,7 @@ class Memo:
         store = _passing(self.store)
         if store is not None:
             self._guarded("deleting", lambda: store.delete(namespace))
-        with self._lock:
-            for known in (self._findings.untested, self._findings.passed, self._unchecked):
-                _forget(known, namespace)
+        self.findings.forget(namespace)
 
     def keep_in_memory(self, only: bool) -> None:
         """Whether rows are, from now on, written nowhere where they would outlast the process."""
@@ -324,13 +225,12 @@ class Memo:
         self.store = MemoryStore()
         self.look_up = look_up_in(self.store)
         self.word = Word(self.store, self.name)
+        self.findings = Findings(self.store, self.word)
 
     def rename(self, old: str, new: str) -> None:
         """The rows of a namespace, and all that is known of them, belong to another name from now on."""
+        self.findings.rename(old, new)
         with self._lock:
-            _rename(self._findings.untested, old, new)
-            _rename(self._findings.passed, old, new)
-            _rename(self._unchecked, old, new)
             self._latest = deque(
                 ((turn, new if name == old else name, keys) for turn, name, keys in self._latest), self._latest.maxlen
             )

@@ -113,7 +113,7 @@ def run_rows(job: Job, places: list[int], width: int) -> Run:
     batch = fitted(job.batch, job.keyed.tokens, width)
     whole = batch is job.batch and places == list(range(batch.size))
     taken = arguments if whole else arguments.taken(batch, places)
-    unknown = job.memo.passed(job.site.namespace, job.form) is None
+    unknown = job.memo.findings.passed(job.site.namespace, job.form) is None
     before, contents = _versions(taken), contents_of(dict(taken.bound())) if unknown else []
     try:
         ready = prepared(job.memo.options, job.host.run, taken.args, taken.kwargs)

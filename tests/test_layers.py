@@ -19,6 +19,7 @@ LAYERS = [
     {"keys", "stores"},
     {"explain", "plan", "recipe", "opening"},
     {"looking", "manifests"},
+    {"findings"},
     {"memo"},
     {"hit", "requested"},
     {"ask", "refusals", "running"},

@@ -33,10 +33,10 @@ def test_a_verdict_is_about_a_form_and_a_namespace():
     """What passed, passed for calls of one form in one namespace."""
     one = memo()
     one.let_pass("n", FORM, ((),))
-    assert one.passed("n", FORM) == ((),)
-    assert one.passed("n", OTHER) is None
-    assert one.passed("m", FORM) is None
-    assert one.blocked(FORM) is None
+    assert one.findings.passed("n", FORM) == ((),)
+    assert one.findings.passed("n", OTHER) is None
+    assert one.findings.passed("m", FORM) is None
+    assert one.findings.blocked(FORM) is None
 
 
 def test_a_blocked_form_is_blocked_everywhere():
@@ -44,17 +44,17 @@ def test_a_blocked_form_is_blocked_everywhere():
     one = memo()
     one.let_pass("n", FORM, ((),))
     one.block(FORM, "random")
-    assert one.blocked(FORM) == "random"
-    assert one.blocked(OTHER) is None
-    assert one.passed("n", FORM) is None
+    assert one.findings.blocked(FORM) == "random"
+    assert one.findings.blocked(OTHER) is None
+    assert one.findings.passed("n", FORM) is None
 
 
 def test_rows_that_were_stored_unchecked_go_when_a_check_fails():
     """A failing check drops what was stored before there was one; a passing check keeps it."""
     one = memo()
     put(one)
-    one.note_unchecked("n", FORM, KEYS[:2])
-    one.note_unchecked("n", OTHER, KEYS[2:3])
+    one.findings.note_unchecked("n", FORM, KEYS[:2])
+    one.findings.note_unchecked("n", OTHER, KEYS[2:3])
     one.block(FORM, "random")
     assert stored(one) == KEYS[2:]
     one.let_pass("n", OTHER, ((),))
@@ -85,8 +85,8 @@ def test_verdicts_are_shared_with_copies_through_the_store():
     """A copy of a module shares its store, and what passed there."""
     store = MemoryStore()
     memo(store).let_pass("n", FORM, ((),))
-    assert memo(store).passed("n", FORM) == ((),)
-    assert memo().passed("n", FORM) is None
+    assert memo(store).findings.passed("n", FORM) == ((),)
+    assert memo().findings.passed("n", FORM) is None
 
 
 class Exploding(MemoryStore):
@@ -208,14 +208,14 @@ def test_a_store_without_numbers_still_has_statistics():
 
 def test_single_rows_are_not_remembered_for_ever(monkeypatch):
     """Beyond a number of rows that were stored unchecked, a failing check drops the namespace as a whole."""
-    monkeypatch.setattr("modcache.memo._MOST_UNCHECKED", 2)
+    monkeypatch.setattr("modcache.findings._MOST_UNCHECKED", 2)
     one = memo()
     put(one)
     for number, key in enumerate(KEYS):
-        one.note_unchecked("n", FORM, [key])
-        assert len(one._unchecked["n", FORM] or ()) == (number + 1 if number < 2 else 0)
+        one.findings.note_unchecked("n", FORM, [key])
+        assert len(one.findings._unchecked["n", FORM] or ()) == (number + 1 if number < 2 else 0)
     put(one, namespace="m")
-    one.note_unchecked("m", OTHER, KEYS[:1])
+    one.findings.note_unchecked("m", OTHER, KEYS[:1])
     one.block(FORM, "random")
     assert stored(one) == []
     assert stored(one, "m") == KEYS

@@ -27,7 +27,7 @@ from .plan import Asking, Plan
 from .probe import probe
 from .resuming import Call, Resuming, inputs_of_trunk
 from .shadow import Shadow
-from .trunk import Parted, ProbedMemo, TrunkAttached
+from .trunk import Parted, TrunkAttached, probed_memo
 
 __all__ = ["Recycled"]
 
@@ -55,7 +55,7 @@ class Recycled:
         self.closed = False
         if memo is None:
             store, advice = open_store(requested.store)
-            memo = ProbedMemo(name, requested.options, store)
+            memo = probed_memo(name, requested.options, store)
             if advice is not None:
                 memo.say("directory unusable", advice)
         self.memo = memo
@@ -72,7 +72,7 @@ class Recycled:
 
     def __deepcopy__(self, copies: dict[int, Any]) -> Recycled:
         """A copy counts for itself, and shares the store and what was found out."""
-        memo = ProbedMemo(self.memo.name, self.memo.options, self.memo.store)
+        memo = probed_memo(self.memo.name, self.memo.options, self.memo.store)
         other = Recycled(self.memo.name, self.asking, self.requested, memo)
         other.plans, other.closed = dict(self.plans), self.closed
         other.frozen = self.frozen.copy()

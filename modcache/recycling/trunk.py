@@ -14,14 +14,16 @@ from ..arguments import Arguments
 from ..attached import Attached
 from ..classes import original_class
 from ..errors import CutError
+from ..findings import Findings
 from ..fingerprint import UNDETERMINED, Standing
 from ..manifests import TokenDims
-from ..memo import Bypass, Memo
+from ..memo import Bypass, Memo, Options
 from ..recipe import Form
 from ..requested import Requested
+from ..stores import Store
 from .plan import Plan
 
-__all__ = ["Parted", "ProbedMemo", "Trunk", "TrunkAttached", "capturing", "trainable"]
+__all__ = ["Parted", "Trunk", "TrunkAttached", "capturing", "probed_memo", "trainable"]
 
 
 class _Local(threading.local):
@@ -172,15 +174,18 @@ class _Pruned:
         return other
 
 
-class ProbedMemo(Memo):
+class ProbedFindings(Findings):
     """A probe looked closer at the rows than a self-check does."""
 
     def passed(self, namespace: str, form: Form) -> TokenDims | None:
         """Whether rows of this form may be served."""
         known = super().passed(namespace, form)
-        if known is None and self.options.extractor.name != "tokens" and self.blocked(form) is None:
-            return ()
-        return known
+        return () if known is None and self.blocked(form) is None else known
+
+
+def probed_memo(name: str, options: Options, store: Store) -> Memo:
+    """What the calls of the trunks of one model share."""
+    return Memo(name, options, store, Findings if options.extractor.name == "tokens" else ProbedFindings)
 
 
 class _Seen(threading.local):
