@@ -26,7 +26,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from modcache.fingerprint import UNDETERMINED, Identity, callable_digest, code, context, context_facts
 from modcache.fingerprint.probe import DeviceProbe
@@ -290,7 +290,6 @@ EDITS = {
     ),
     "hook": forward_hook("hook", "linear"),
     "pre-hook": forward_hook("pre_hook", "linear"),
-    "hook on the root": forward_hook("hook", ""),
     "global hook": global_hook,
     "eps": attribute("norm.eps", 0.5),
     "config field": attribute("config.width", 5),
@@ -372,6 +371,8 @@ HARMLESS = {
     "state_dict": lambda m: m.state_dict(),
     "repr": repr,
     "deepcopy": copy.deepcopy,
+    "hook on the root": forward_hook("hook", ""),
+    "pre-hook on the root": forward_hook("pre_hook", ""),
     "backward hook": lambda m: m.linear.register_full_backward_hook(lambda *args: None),
     "state dict hook": lambda m: m._register_state_dict_hook(lambda *args: None),
     "forward": lambda m: m(torch.ones(2, 4)),
@@ -876,14 +877,30 @@ def test_two_lambdas_of_one_line_differ_and_equal_code_agrees():
 def test_a_closure_over_a_list_is_read_anew():
     """A list that a hook closes over counts by content, and its change is seen at the next check."""
     items = [1]
-    module = frozen(nn.Linear(2, 2))
-    module.register_forward_hook(lambda m, args, out: out * len(items))
+    module = frozen(nn.Sequential(nn.Linear(2, 2)))
+    module[0].register_forward_hook(lambda m, args, out: out * len(items))
     followed = Followed(module)
     before = followed.state()
     items.append(2)
     assert followed.state() != before
     items.pop()
     assert followed.state() == before
+
+
+class Doubled(prune.CustomFromMask):
+    def apply_mask(self, module):
+        return 2 * super().apply_mask(module)
+
+
+def test_a_hook_of_the_root_that_computes_its_weight_counts():
+    """It runs around the forward like others, but what the forward reads depends on how it does that."""
+    digests = set()
+    for method in (prune.CustomFromMask, Doubled):
+        torch.manual_seed(0)
+        module = frozen(nn.Linear(2, 2))
+        method.apply(module, "weight", mask=torch.ones(2, 2))
+        digests.add(Followed(module).identity.fingerprint(module).digest)
+    assert len(digests) == 2
 
 
 def test_what_has_no_content_is_listed():
@@ -1095,14 +1112,14 @@ class Outside(nn.Module):
 
 def test_counters_outside_the_module_are_bookkeeping():
     """What a forward counts in globals, classes and closures does not count either."""
-    module = frozen(Outside())
+    module = frozen(nn.Sequential(Outside()))
     count = 0
 
     def hook(*args):
         nonlocal count
         count += 1
 
-    module.register_forward_hook(hook)
+    module[0].register_forward_hook(hook)
     followed = Followed(module)
     before, first = followed.state(), followed.identity.fingerprint(module).digest
     for _ in range(3):

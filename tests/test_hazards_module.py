@@ -305,6 +305,7 @@ def test_hooks_of_the_root_run_on_every_call():
             cached(X)
     assert root == [6] * 4
     assert pre == [6] * 4
+    assert hits(cached) == 18, "what a hook gathers is no part of the module"
 
 
 def test_hook_that_changes_inputs_or_outputs():

@@ -37,6 +37,7 @@ _KEPT_BY_TORCH = frozenset(vars(nn.Module())) | {
     *ORIGIN_NAMES,
 }
 GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 @dataclasses.dataclass(slots=True)
@@ -194,7 +195,7 @@ class _Walker:
         if isinstance(module, torch.jit.ScriptModule):
             reader.seen.opaque[f"{place} ({class_name(type(module))})"] = module
             return
-        self._hooks(reader, f"of {place}", vars(module), ("_forward_pre_hooks", "_forward_hooks"))
+        self._hooks(reader, f"of {place}", vars(module), _HOOKS, outermost=not name)
         if class_name(type(module)).startswith("torch._dynamo."):  # torch.compile's wrapper: its child counts
             return
         derived = _derived(module)
@@ -220,13 +221,26 @@ class _Walker:
             self._idle[name] = idle
         self._parts[f"attributes of {place}"] = digest(said)
 
-    def _hooks(self, reader: Reader, place: str, namespace: Mapping[str, Any], kinds: tuple[str, str]) -> None:
+    def _hooks(
+        self,
+        reader: Reader,
+        place: str,
+        namespace: Mapping[str, Any],
+        kinds: tuple[str, str],
+        outermost: bool = False,
+    ) -> None:
+        """Hooks by content; those of the outermost module run around its forward on every call, so they change no row.
+
+        All but those of torch's that compute its weights.
+        """
         said = b""
         for kind in kinds:
             hooks = namespace[kind]
             with_kwargs = namespace.get(f"{kind}_with_kwargs", {})
             always = namespace.get(f"{kind}_always_called", {})
             for at, (number, hook) in enumerate(hooks.items()):
+                if outermost and not _computes_weights(hook):
+                    continue
                 flags = (kind, bool(with_kwargs.get(number)), bool(always.get(number)))
                 said += encode(flags) + reader.value(hook, f"{kind[1:]}[{at}] {place}")
         if said:
@@ -257,12 +271,14 @@ def _unread(module: nn.Module) -> frozenset[str]:
 
 def _derived(module: nn.Module) -> set[str]:
     """Attributes that torch's pruning, old weight_norm and spectral_norm compute anew before every forward."""
-    hooks = [hook for hook in vars(module)["_forward_pre_hooks"].values() if type(hook).__module__.startswith(_UTILS)]
+    hooks = filter(_computes_weights, vars(module)["_forward_pre_hooks"].values())
     names = [getattr(hook, "name", None) or getattr(hook, "_tensor_name", None) for hook in hooks]
     return {name for name in names if name is not None}
 
 
-_UTILS = "torch.nn.utils."
+def _computes_weights(hook: object) -> bool:
+    """Whether a hook is one of torch's that compute a weight of others before every forward, or derived from one."""
+    return any(cls.__module__.startswith("torch.nn.utils.") for cls in type(hook).__mro__)
 
 
 def _extra_repr(module: nn.Module) -> bytes:
