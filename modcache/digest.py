@@ -9,9 +9,13 @@ The encoding is described for other readers in ``docs/reference/key-scheme.md``.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
+import decimal
 import enum
+import fractions
 import pathlib
 import struct
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -101,6 +105,22 @@ _PLAIN: dict[type, Callable[..., bytes]] = {
 PLAIN_TYPES = frozenset(_PLAIN)
 """Types whose objects are always encoded by value; `encode` asks ``more`` for none of them."""
 
+_FIELDS: dict[type, Callable[..., tuple[object, ...]]] = {
+    decimal.Decimal: lambda value: tuple(value.as_tuple()),
+    fractions.Fraction: lambda value: (value.numerator, value.denominator),
+    dt.date: lambda value: (value.year, value.month, value.day),
+    dt.datetime: lambda value: (*value.timetuple()[:6], value.microsecond, value.fold, *_zone(value)),
+    dt.time: lambda value: (value.hour, value.minute, value.second, value.microsecond, value.fold, *_zone(value)),
+    dt.timedelta: lambda value: (value.days, value.seconds, value.microseconds),
+    uuid.UUID: lambda value: (value.bytes,),
+}
+"""What the values of the standard library hold that are no containers; none of a subclass."""
+
+
+def _zone(value: dt.datetime | dt.time) -> tuple[object, ...]:
+    return value.utcoffset(), value.tzname()
+
+
 _EXACT: dict[type, Callable[..., object]] = {
     int: int.__index__,
     float: float.__float__,
@@ -139,6 +159,8 @@ def _encode_other(value: object, more: Encoder | None) -> bytes:
     if isinstance(value, range | slice):
         parts = (value.start, value.stop, value.step)
         return frame(b"span", frame(b"t", name) + _join(encode(part, more) for part in parts))
+    if (fields := _FIELDS.get(cls)) is not None:
+        return frame(b"value", frame(b"t", name) + encode(fields(value)))
     for base in (int, float, str, bytes):
         if isinstance(value, base):
             held = _PLAIN[base](_EXACT[base](value))

@@ -32,7 +32,7 @@ def _checked(name: object, source: str) -> str:
     return name
 
 
-_now = {"mode": _checked(os.environ.get("MODCACHE_MODE", "read-write"), "the environment variable MODCACHE_MODE")}
+_now = {"mode": _checked(os.environ.get("MODCACHE_MODE") or "read-write", "the environment variable MODCACHE_MODE")}
 
 # Asked for on every call, so these two are calls into C without a frame of their own.
 current_mode: Callable[[], str] = functools.partial(_now.__getitem__, "mode")
@@ -55,7 +55,7 @@ class mode(contextlib.AbstractContextManager["mode"]):  # noqa: N801 - used like
     Raises:
         UsageError: the name is none of these (a ``ValueError``).
 
-    The environment variable ``MODCACHE_MODE`` sets the mode that a process starts in.
+    The environment variable ``MODCACHE_MODE`` sets the mode that a process starts in, unless it is empty.
     """
 
     def __init__(self, name: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Protocol
 
 from .locks import lock_of
@@ -92,7 +91,7 @@ class Stats:
     hits: int = 0
     computed: int = 0
     bypassed: int = 0
-    reasons: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    reasons: Mapping[str, int] = field(default_factory=dict)
     bytes: int = 0
     seconds: Seconds = Seconds()
     seconds_saved: float = 0.0
@@ -179,7 +178,7 @@ class Counters:
                 hits=self._hits,
                 computed=self._computed,
                 bypassed=self._bypassed,
-                reasons=MappingProxyType(dict(self._reasons)),
+                reasons=dict(self._reasons),
                 bytes=held,
                 seconds=Seconds(self._keys, self._lookup, self._computing, self._storing),
                 seconds_saved=max(self._hits * per_row - spent, 0.0) if per_row else 0.0,

@@ -1,13 +1,18 @@
 """Equal digests are equal typed values, and rows of tensors are their logical values."""
 
+import copy
 import dataclasses
+import datetime as dt
+import decimal
 import enum
+import fractions
 import os
 import pathlib
 import struct
 import subprocess
 import sys
 import threading
+import uuid
 import warnings
 from collections import OrderedDict
 from typing import NamedTuple
@@ -244,6 +249,29 @@ def test_arrays():
         np.zeros((2, 0)),
     ]
     assert len({encode(value) for value in different}) == len(different)
+
+
+ZONE = dt.timezone(dt.timedelta(hours=1))
+SMALL_VALUES = [
+    *map(decimal.Decimal, ("1", "1.0", "10", "-1", "0", "-0", "NaN", "sNaN", "Infinity")),
+    *(fractions.Fraction(*parts) for parts in ((1, 2), (2, 1), (-1, 2))),
+    *(uuid.UUID(int=number) for number in (0, 1)),
+    *(dt.date(2026, month, 1) for month in (1, 11)),
+    *(dt.time(second=second, tzinfo=zone) for second in (0, 1) for zone in (None, dt.timezone.utc)),
+    *(dt.timedelta(microseconds=number) for number in (0, 1)),
+    dt.datetime(2026, 1, 1),  # noqa: DTZ001 - one without a zone
+    dt.datetime(2026, 1, 1, fold=1),  # noqa: DTZ001 - one without a zone
+    dt.datetime(2026, 1, 1, microsecond=1),  # noqa: DTZ001 - one without a zone
+    dt.datetime(2026, 1, 1, tzinfo=ZONE),
+    dt.datetime(2026, 1, 1, tzinfo=dt.timezone(dt.timedelta(hours=1), "CET")),
+]
+
+
+def test_small_values_of_the_standard_library():
+    """Numbers, dates and the like that Python brings along count by all that they hold, and are none of each other."""
+    assert len({encode(value) for value in SMALL_VALUES}) == len(SMALL_VALUES)
+    for value in SMALL_VALUES:
+        assert encode(copy.deepcopy(value)) == encode(value)
 
 
 def test_an_array_subclass_has_no_content_of_its_own():

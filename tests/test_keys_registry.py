@@ -87,6 +87,8 @@ def test_registering_what_is_no_class():
     """A type is asked for, as is a key of the accepted kinds."""
     with pytest.raises(UsageTypeError, match=r"register_key_extractor\(...\) takes a class; found 3"):
         register_key_extractor(3)
+    with pytest.raises(UsageTypeError, match=r"Clip\) decorates a function of one object; found 3"):
+        register_key_extractor(Clip)(3)
     register_key_extractor(Clip)(lambda clip: [clip.samples])
     with pytest.raises(KeyExtractionError, match=r"the key function for .*Clip returned a builtins\.list"):
         key_of(Clip(b"a"))

@@ -137,6 +137,11 @@ def test_the_environment(name, monkeypatch):
     assert started_in(monkeypatch, name) == name
 
 
+def test_an_empty_environment(monkeypatch):
+    """Set to nothing, as scripts do, it is as if it were not set."""
+    assert started_in(monkeypatch, "") == "read-write"
+
+
 def test_a_wrong_environment(monkeypatch):
     """A wrong MODCACHE_MODE says so at once."""
     with pytest.raises(UsageError, match=r"the environment variable MODCACHE_MODE must be one of .*; found 'on'"):

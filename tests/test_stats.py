@@ -1,13 +1,14 @@
 """What calls did adds up, and prints as a small table."""
 
+import copy
 import dataclasses
+import pickle
 import threading
-from types import MappingProxyType
 
 import pytest
 import torch
 
-from modcache import CallReport, Stats, cache_of, cached_module
+from modcache import CallReport, Stats, cache_of, cached_module, mode
 from modcache.stats import Counters, Seconds
 
 from .models import encoder
@@ -73,11 +74,23 @@ def test_bytes(count, text):
 
 
 def test_facts_are_frozen():
-    """Nobody can change what was counted."""
-    stats = cache_of(cached_module(encoder(), freeze=True)).stats
+    """Nobody can change what was counted, and what was handed out counts no further."""
+    module = cached_module(encoder(), freeze=True)
+    stats = cache_of(module).stats
     with pytest.raises(dataclasses.FrozenInstanceError):
         stats.rows = 3
-    assert type(stats.reasons) is MappingProxyType
+    stats.reasons["invented"] = 1
+    with mode("off"):
+        module(torch.eye(3))
+    assert cache_of(module).stats.reasons == {"mode off": 3}
+    assert stats == Stats(reasons={"invented": 1})
+
+
+def test_statistics_travel():
+    """A worker can send them to the process that waits for it, and a log can write them down."""
+    stats = Stats(calls=1, rows=2, bypassed=2, reasons={"mode off": 2})
+    assert pickle.loads(pickle.dumps(stats)) == copy.deepcopy(stats) == stats
+    assert dataclasses.asdict(stats)["reasons"] == {"mode off": 2}
 
 
 def test_a_hook_hears_of_every_call():

@@ -52,7 +52,8 @@ def register_key_extractor(cls: type) -> Callable[[Function], Function]:
         The decorator. The function must return a bool, int, float, str, bytes, None or a tuple of these.
 
     Raises:
-        UsageTypeError: ``cls`` is no class, or one whose objects are always keyed by value (a ``TypeError``).
+        UsageTypeError: ``cls`` is no class, or one whose objects are always keyed by value, or what is decorated
+            cannot be called (a ``TypeError``).
     """
     if not isinstance(cls, type):
         raise UsageTypeError(f"register_key_extractor(...) takes a class; found {cls!r}")
@@ -63,6 +64,10 @@ def register_key_extractor(cls: type) -> Callable[[Function], Function]:
         )
 
     def register(function: Function) -> Function:
+        if not callable(function):
+            raise UsageTypeError(
+                f"@register_key_extractor({cls.__qualname__}) decorates a function of one object; found {function!r}"
+            )
         code = callable_digest(function)[0]
         with _lock:
             _by_type[cls] = function, code
