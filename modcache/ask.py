@@ -12,7 +12,8 @@ from .arguments import Arguments
 from .batch import Batch, NoRowsError, split, tensors_in
 from .explain import Explanation
 from .hit import Site
-from .keys import Given, Keyed, given_keyed, whole_keyed
+from .keys.extractors import whole_keyed
+from .keys.keyed import Given, Keyed, given_keyed
 from .keys.parts import shared_digests
 from .keys.registry import is_row
 from .memo import Bypass, Memo, Options

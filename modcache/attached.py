@@ -17,7 +17,7 @@ from .errors import UsageTypeError
 from .fingerprint import UNDETERMINED, Fingerprint, Identity, Standing, context, context_facts
 from .freezing import Before
 from .hit import Missed, Site, hit
-from .keys import Given
+from .keys.keyed import Given
 from .manifests import facts_of
 from .memo import Bypass, Memo
 from .modes import given_keys

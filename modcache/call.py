@@ -14,7 +14,7 @@ from .compute import Computed, compute, self_check_failed
 from .confirm import confirm, verify
 from .errors import CacheMissError
 from .hit import Missed, Site
-from .keys import Given
+from .keys.keyed import Given
 from .keys.padding import pad_rows
 from .keys.parts import shared_digests
 from .memo import Bypass, Memo

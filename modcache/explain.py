@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .keys import Keyed
+from .keys.keyed import Keyed
 from .keys.parts import Part, Texts, Values
 from .locks import lock_of
 

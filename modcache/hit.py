@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .keys import Given
+from .keys.keyed import Given
 from .keys.padding import pad_lent, pad_rows
 from .memo import Memo
 from .modes import current_mode

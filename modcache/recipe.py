@@ -11,8 +11,8 @@ import torch
 
 from .batch import Batch
 from .digest import digest, encode
-from .keys import Given, Keyed, given_keyed_as
 from .keys.given import given_keys
+from .keys.keyed import Given, Keyed, given_keyed_as
 from .keys.parts import Meta, Part, Texts, Values, row_keys, text_digests
 from .keys.tokens import TokenPlaces, token_places
 from .row_digests import plain_row_digests, tensor_row_digests

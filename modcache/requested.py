@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from .errors import UsageError, UsageTypeError
-from .keys import Extractor, extractor_of
+from .keys.extractors import Extractor, extractor_of
 from .memo import Options
 from .opening import asked_store
 from .stores import Store

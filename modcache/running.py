@@ -14,7 +14,7 @@ from .arguments import Arguments, Binder
 from .batch import Batch, tensors_in
 from .contents import contents_of, is_changed
 from .hit import Site
-from .keys import Keyed
+from .keys.keyed import Keyed
 from .keys.padding import fit_tokens
 from .keys.tokens import TokenRows
 from .memo import Bypass, Memo, Options

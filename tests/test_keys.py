@@ -17,7 +17,9 @@ from modcache import CacheWarning, KeyExtractionError, UsageError, UsageTypeErro
 from modcache.arguments import Binder
 from modcache.batch import Column, split
 from modcache.digest import digest
-from modcache.keys import Extractor, Given, extractor_of, given_keyed, parts
+from modcache.keys import Extractor, parts
+from modcache.keys.extractors import extractor_of
+from modcache.keys.keyed import Given, given_keyed
 from modcache.keys.parts import Values, part_of, row_keys, shared_digests
 from modcache.keys.registry import is_row
 from modcache.tensors import NoContentError

@@ -9,9 +9,9 @@ from torch.utils.data import default_collate
 
 from modcache import UsageError, UsageTypeError, cache_of, cached_module, keys_for
 from modcache.batch import split
-from modcache.keys import Given, given_keyed
 from modcache.keys import given as given_module
 from modcache.keys.given import given_digests, given_rows
+from modcache.keys.keyed import Given, given_keyed
 from modcache.keys.registry import is_row
 
 from .models import encoder
