@@ -164,5 +164,5 @@ def explained(
     answers = memo.memory.explain(namespace, keyed, shared_digests(batch), found, namespaces)
     if memo.findings.passed(namespace, form) is not None or len(set(keyed.keys)) < 2:
         return answers
-    why = "stored, but batches of this form are not checked yet: the first one is computed as a whole"
-    return [Explanation(answer.row, False, why) if answer.hit else answer for answer in answers]
+    why = "stored, but batches of this form are not checked yet: the first one is run as a whole"
+    return [Explanation(answer.row, keyed.tokens is None, why) if answer.hit else answer for answer in answers]

@@ -142,11 +142,12 @@ def _cached(job: Job, found: tuple[Found, ...], began: float, keyed_at: float) -
         plan, computed, output = _computed(job, plan)
         if found and not plan.found and keyed.tokens is None:
             _refuse_contradiction(job, found, plan, computed)
+            plan, computed, output = _with_stored(job, found, plan, computed) or (plan, computed, output)
     if untested and plan.found:
         confirm(job, plan, computed, untested)
     if computed is not None:
         computed_at = perf_counter()
-        if mode != "read-only":
+        if mode != "read-only" and plan.compute:
             _put(job, plan, computed)
         stored_at = perf_counter()
     if memo.options.verify and plan.found:
@@ -195,6 +196,26 @@ def _refuse_contradiction(job: Job, found: tuple[Found, ...], plan: CallPlan, co
         differs = difference(part.rows, own, job.site.floor)
         if differs is not None:
             raise self_check_failed(job, f"rows that were stored came out otherwise in this batch: {differs}")
+
+
+def _with_stored(
+    job: Job, found: tuple[Found, ...], plan: CallPlan, computed: Computed
+) -> tuple[CallPlan, Computed, object] | None:
+    """What is stored of a whole batch that was run for the check, and passed it, stays as it is.
+
+    Such rows were computed one by one, or an earlier run left no word of its check. ``None`` if they do not go
+    together with the others.
+    """
+    if not computed.checked:
+        return None
+    number = {place: index for index, place in enumerate(plan.compute)}
+    plan = plan_call(job.keyed.keys, found, unchecked=False, ragged=False)
+    if not plan.found:
+        return None
+    fresh = computed.parts[0][1].take([number[place] for place in plan.compute])
+    computed = computed._replace(parts=((np.arange(len(plan.compute)), fresh),))
+    output = _assembled(job, plan, computed) if plan.compute else _served(job, plan)
+    return None if output is _UNKNOWN else (plan, computed, output)
 
 
 def _put(job: Job, plan: CallPlan, computed: Computed) -> None:

@@ -85,8 +85,7 @@ class Cache:
     def contains(self, *args: Any, **kwargs: Any) -> list[bool]:
         """Whether each row of a call is stored; the module is not run.
 
-        A call that would be bypassed has no stored rows. (Rows that were stored one by one are computed once more with
-        their first batch; see ``explain``.)
+        A call that would be bypassed has no stored rows.
         """
         try:
             self._attached.refuse(self._module, torch.is_grad_enabled())

@@ -455,7 +455,7 @@ def test_workers_of_a_data_loader(tmp_path, early):
         assert torch.allclose(torch.cat(rows), plain)
         computed.append(int(torch.cat(calls).sum()))
     assert computed[0] >= 8
-    assert computed[1] <= 4  # rows that were stored one by one are computed once more with their first batch
+    assert computed[1] <= 4  # rows that were stored one by one are run once more with their first batch
     if dataset.module is not None:
         closed(dataset.module)
     with DiskStore(tmp_path) as store:

@@ -313,6 +313,37 @@ def test_error_of_only_one_row():
     assert hits(cached) > 0
 
 
+@pytest.mark.parametrize("stored", [1, 5, 6], ids=lambda stored: f"{stored} of 6 rows")
+def test_rows_that_were_stored_one_by_one_stay_as_they_are(stored, tmp_path):
+    """The first batch is run as a whole for the self-check; what was stored before is served, bit by bit."""
+    directory = tmp_path / "rows"
+    for options in ({}, {"store": str(directory)}):
+        cached, plain = pair(nn.Sequential(nn.Linear(4, 512), nn.GELU(), nn.Linear(512, 3)), **options)
+        alone = torch.cat([cached(row) for row in X[:stored].split(1)])
+        assert_same(cached(X), plain(X))
+        assert_same(cached(X[:stored]), alone, 0.0)
+        stats = cache_of(cached).stats
+        assert (stats.computed, stats.hits) == (6, 2 * stored)
+        assert len(cache_of(cached).store.row_keys(cache_of(cached).namespace)) == 6
+
+
+def test_rows_that_were_stored_one_by_one_by_a_module_that_mixes_rows():
+    """They go when a batch shows it, whether or not all of its rows were stored."""
+
+    class Mixing(Encoder):
+        def forward(self, x):
+            return super().forward(x) + x.sum()
+
+    for stored in (2, 6):
+        cached, plain = pair(Mixing())
+        for row in X[:stored].split(1):
+            cached(row)
+        with pytest.warns(CacheWarning, match="not give the same rows"):
+            assert_same(cached(X), plain(X))
+        assert not cache_of(cached).store.row_keys(cache_of(cached).namespace)
+        assert_same(cached(X[:1]), plain(X[:1]))
+
+
 # --- nesting --------------------------------------------------------------------------------------------
 
 
