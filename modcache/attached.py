@@ -171,15 +171,16 @@ class Attached:
         return None if around is None else Given(around.keys, around.number(self._naming.token), "keys_for(...)")
 
     def _drop_spoiled(self) -> None:
-        """Weights were written unnoticed a few calls ago: rows stored since then may be of either state."""
+        """Something was changed unnoticed a few calls ago: rows stored since then may be of either state."""
         self._late_moves = self.identity.late_moves
         suspect = self.identity.suspect
         dropped = self.memo.drop_since(0 if suspect is None else suspect.since)
         self.memo.say(
-            "weights changed unnoticed",
-            f"some of its weights were changed behind autograd's back, and that was noticed late; {dropped} rows "
-            "stored since were dropped, but rows served since may be stale. Write weights through autograd-visible "
-            "operations (under torch.no_grad()), or call cache_of(module).recheck() after such a write.",
+            "changed unnoticed",
+            "it was changed in a way that is noticed late (its weights behind autograd's back, or code, a class or a "
+            f"large container that it reads); {dropped} rows stored since were dropped, but rows served since may be "
+            "stale. Write weights through autograd-visible operations (under torch.no_grad()), or call "
+            "cache_of(module).recheck() after such a change.",
         )
 
     def _look(self, module: nn.Module, now: State) -> Site:

@@ -1273,12 +1273,17 @@ class Model(torch.nn.Module):
 """
 
 
-def test_installed_code_is_followed_from_forward_only(monkeypatch):
-    """Of an installed class, what forward leads to is followed; the rest counts by its own code."""
+def installed_module(monkeypatch, source):
     module = types.ModuleType("installed_models")
     module.__file__ = "/somewhere/site-packages/installed_models.py"
     monkeypatch.setitem(sys.modules, "installed_models", module)
-    exec(INSTALLED, vars(module))
+    exec(source, vars(module))
+    return module
+
+
+def test_installed_code_is_followed_from_forward_only(monkeypatch):
+    """Of an installed class, what forward leads to is followed; the rest counts by its own code."""
+    module = installed_module(monkeypatch, INSTALLED)
     model = frozen(module.Model())
 
     def found():
@@ -1294,6 +1299,39 @@ def test_installed_code_is_followed_from_forward_only(monkeypatch):
     module.LIMIT = 2
     module.Model.download = lambda self, x: x
     assert found().digest != before.digest
+
+
+NOTING = """
+import torch
+class Model(torch.nn.Module):
+    rate = 3
+    @classmethod
+    def switchable(cls):
+        if getattr(cls, "_switchable", None) is None:
+            cls._switchable = True
+        return cls._switchable
+    @classmethod
+    def use(cls, backend):
+        cls._backend = backend
+    def forward(self, x): return x * len(getattr(self, "_backend", "")) + len(self._backend)
+"""
+
+
+@pytest.mark.parametrize("whose", ["installed", "the user's"])
+def test_what_an_installed_class_notes_of_itself_is_no_content(monkeypatch, whose):
+    """An answer that only the class method reads that noted it comes and goes with what else a process builds."""
+    module = installed_module(monkeypatch, NOTING)
+    module.Model.use("a")
+    cls = module.Model if whose == "installed" else type("Own", (module.Model,), {"__module__": __name__})
+    followed = Followed(frozen(cls()))
+    before, digest = followed.state(), followed.identity.fingerprint(followed.module).digest
+    cls.switchable()
+    assert followed.states() == {before}
+    assert Followed(followed.module).identity.fingerprint(followed.module).digest == digest
+    for edit in (lambda: cls.use("abc"), lambda: setattr(cls, "more", 1), lambda: setattr(cls, "more", 2)):
+        before = followed.state()
+        edit()
+        assert followed.states() != {before}
 
 
 # --- threads, copies, speed ---

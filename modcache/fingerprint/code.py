@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _LOADS_GLOBAL = frozenset(dis.opmap[name] for name in ("LOAD_GLOBAL", "LOAD_NAME") if name in dis.opmap)
 _LOAD_GLOBAL = dis.opmap["LOAD_GLOBAL"]
-_IMPORT_NAME = dis.opmap["IMPORT_NAME"]
+_IMPORT_NAME, _STORE_ATTR = dis.opmap["IMPORT_NAME"], dis.opmap["STORE_ATTR"]
 # Since 3.11 the lowest bit of LOAD_GLOBAL's argument says whether a NULL is pushed before the value.
 _GLOBAL_SHIFT = 1 if sys.version_info >= (3, 11) else 0
 
@@ -77,11 +77,13 @@ class Names(NamedTuple):
         read: the global names that it reads.
         used: all names that it uses, those of attributes too.
         imported: the modules that it imports when it runs, as they are written there.
+        stored: the attributes that it sets.
     """
 
     read: tuple[str, ...]
     used: tuple[str, ...]
     imported: tuple[str, ...]
+    stored: tuple[str, ...]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -89,6 +91,7 @@ def _names_of(identity: _Exactly) -> Names:
     code = identity.code
     read: dict[str, None] = {}
     imported: dict[str, None] = {}
+    stored: dict[str, None] = {}
     known: dict[str, None] = dict.fromkeys(code.co_names)
     extended = 0
     raw = code.co_code
@@ -99,13 +102,16 @@ def _names_of(identity: _Exactly) -> Names:
             read[code.co_names[argument >> (_GLOBAL_SHIFT if op == _LOAD_GLOBAL else 0)]] = None
         elif op == _IMPORT_NAME:
             imported[code.co_names[argument]] = None
+        elif op == _STORE_ATTR:
+            stored[code.co_names[argument]] = None
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             within = _names_of(_Exactly(inner))
             read.update(dict.fromkeys(within.read))
             known.update(dict.fromkeys(within.used))
             imported.update(dict.fromkeys(within.imported))
-    return Names(tuple(read), tuple(known), tuple(imported))
+            stored.update(dict.fromkeys(within.stored))
+    return Names(tuple(read), tuple(known), tuple(imported), tuple(stored))
 
 
 def names_in(code: types.CodeType) -> Names:
@@ -126,3 +132,9 @@ def installed(namespace: Mapping[str, object]) -> bool:
     """Whether the namespace of a Python module is that of an installed package, not the user's own code."""
     path = namespace.get("__file__")
     return isinstance(path, str) and ("site-packages" in path or "dist-packages" in path)
+
+
+def installed_class(cls: type) -> bool:
+    """Whether a class comes from installed code."""
+    module = sys.modules.get(cls.__module__)
+    return of_library(cls.__module__) or (module is not None and installed(vars(module)))

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..digest import digest, encode, frame
-from .code import code_bytes, installed, names_in, of_library
+from .code import code_bytes, installed, installed_class, names_in, of_library
+from .memoized import memoized
 from .patched import FUNCTIONAL, patched_functions
 from .values import IMMUTABLE, ValueReader, class_name
 
@@ -236,7 +237,7 @@ class Reader(ValueReader):
 
     def _members(self, cls: type) -> bytes:
         """Everything that a class body defines, in the order of its names."""
-        names = sorted(name for name in vars(cls) if name not in _NO_CONTENT_IN_CLASS)
+        names = sorted(vars(cls).keys() - _NO_CONTENT_IN_CLASS - memoized(cls))
         kept = tuple(name for name in names if f"{class_name(cls)}.{name}" not in self._bookkeeping)
         if len(kept) < len(names):
             self.seen.busy[cls] = kept
@@ -330,12 +331,6 @@ def _forward_is_foreign(cls: type) -> bool:
     if forward is None or (isinstance(forward, types.FunctionType) and forward.__module__ == cls.__module__):
         return False
     return not of_library(getattr(forward, "__module__", None))
-
-
-def installed_class(cls: type) -> bool:
-    """Whether a class comes from installed code."""
-    module = sys.modules.get(cls.__module__)
-    return of_library(cls.__module__) or (module is not None and installed(vars(module)))
 
 
 def _plain(value: object) -> bool:

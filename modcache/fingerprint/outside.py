@@ -7,7 +7,8 @@ import operator
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .follow import installed_class
+from .code import installed_class
+from .memoized import body_without, memoized
 from .turns import LONG, parted
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ class Outside:
         self._sequences = [value for value in at_once if not isinstance(value, dict)]
         # The bodies of the user's own classes; those of installed ones are looked at in turn.
         own = [cls for cls in seen.classes.values() if cls not in seen.busy and not installed_class(cls)]
-        self._bodies = [vars(cls) for cls in own]
+        self._bodies = [vars(cls) for cls in own if not memoized(cls)]
+        self._noting = [(vars(cls), names) for cls in own if (names := memoized(cls))]
+        self._noting_sizes, self._noting_members = self._members()
         self._sized = [*self._mappings, *self._sequences, *self._bodies]
         self._sized += [value for value in self.later if len(value) > LONG]  # a small one shows its length in turn
         self._sizes = list(map(len, self._sized))
@@ -49,7 +52,7 @@ class Outside:
         self._variables, self._locals = list(seen.variables.values()), list(seen.locals.values())
         self._current = self._all_current()
         self._any_current = bool(self._variables or self._locals)
-        others = self._empty_slots, self._memories, self._absent, self._variables, self._locals
+        others = self._noting, self._empty_slots, self._memories, self._absent, self._variables, self._locals
         self.anything = bool(self._sized or self._cells or any(others))
 
     def _all_items(self) -> Iterable[object]:
@@ -70,11 +73,21 @@ class Outside:
             and list(map(bytes, self._memories)) == self._bytes
             and not self.imported()
             and (not self._any_current or self._same_current())
+            and (not self._noting or self._same_members())
         )
 
     def imported(self) -> bool:
         """Whether a Python module that code imports when it runs is there now, and was not before."""
         return any(map(sys.modules.__contains__, self._absent))
+
+    def _members(self) -> tuple[list[int], list[object]]:
+        """What classes hold on which installed code notes something, and how many."""
+        bodies = list(itertools.starmap(body_without, self._noting))
+        return list(map(len, bodies)), list(_chain(bodies))
+
+    def _same_members(self) -> bool:
+        sizes, members = self._members()
+        return sizes == self._noting_sizes and all(map(_is, members, self._noting_members))
 
     def _all_current(self) -> list[object]:
         """What context variables and thread-local objects hold for whoever asks."""

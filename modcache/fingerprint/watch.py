@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
 import itertools
 import operator
-import types
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..tensors import is_readable
-from .follow import installed_class
+from .code import installed_class
+from .memoized import body_without, memoized
 from .outside import Outside
 from .probe import SETS, DeviceProbe, HostProbe
 from .turns import MOST_TURNS, Places, Turns, getter, in_pieces
@@ -32,7 +33,6 @@ _training = operator.itemgetter("training")
 _requires_grad = operator.attrgetter("requires_grad")
 _forward = operator.attrgetter("forward")
 _code = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
-_body = types.MappingProxyType.values
 _INSIDE = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
 _inside = operator.itemgetter(*_INSIDE)
 _FORMS_AT_ONCE = 64  # tensors whose shape and strides are compared in each check; those of more are, in turn
@@ -164,7 +164,7 @@ class Watch:
         """
         places: Places = [(_code, function) for function in found.seen.functions.values()]
         theirs = [cls for cls in found.seen.classes.values() if cls not in found.seen.busy and installed_class(cls)]
-        places += [(_body, vars(cls)) for cls in theirs]
+        places += [(functools.partial(body_without, names=memoized(cls)), vars(cls)) for cls in theirs]
         places += [(getter(names), vars(found.modules[name])) for name, names in found.idle.items() if name]
         places += [(getter(tuple(names)), namespace) for namespace, names in found.seen.of_libraries.values()]
         places += in_pieces(self._outside.later)
