@@ -6,7 +6,9 @@ import threading
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
+from modcache.stores.disk import tasks
 from modcache.stores.disk.tasks import Put, Queue, Sync, closed_lock
 
 
@@ -91,3 +93,32 @@ def test_idle():
 
     assert queue.take(idle, 0.01) == []
     assert told == [1]
+
+
+@pytest.mark.parametrize("end", ["sync", "enough", "stop"])
+def test_few_rows_wait_for_more(end, monkeypatch):
+    """A few rows wait a while to be taken with what comes next; who waits for them, or enough of them, ends that."""
+    monkeypatch.setattr(tasks, "_A_WHILE", 60.0)
+    queue, taken, through = Queue(2000), [], threading.Event()
+
+    def take():
+        taken.append([task.first for task in queue.take(lambda: None, 0.01)])
+        through.set()
+
+    queue.push(put(A, 0))
+    thread = threading.Thread(target=take)
+    thread.start()
+    assert not through.wait(0.1)
+    assert queue.push(put(A, 1, rows=1)), "still less than a fourth of the bound"
+    assert not through.wait(0.1)
+    {"sync": lambda: queue.push(Sync(closed_lock())), "enough": lambda: queue.push(put(A, 2)), "stop": queue.stop}[end]()
+    assert through.wait(5)
+    thread.join()
+    assert taken == [[0, 1, 2] if end == "enough" else [0, 1]]
+
+
+def test_few_rows_wait_not_for_long():
+    """When nothing more comes, rows are taken all the same."""
+    queue = Queue(1 << 20)
+    queue.push(put(A, 0))
+    assert [task.first for task in queue.take(lambda: None, 60.0)] == [0]

@@ -19,10 +19,10 @@ __all__ = ["check_batch", "last_of_each"]
 
 def check_batch(keys: Sequence[bytes], rows: Rows) -> None:
     """Raises `UsageError` unless there is one key of the right length for each row."""
-    odd = {len(key) for key in keys} - {KEY_BYTES}
+    odd = set(map(len, keys)) - {KEY_BYTES}
     if odd:
         raise UsageError(f"A row key is {KEY_BYTES} bytes, but one of {odd.pop()} bytes was given.")
-    counts = {len(tensor) for tensor in rows.tensors}
+    counts = {tensor.shape[0] for tensor in rows.tensors}
     if counts - {len(keys)}:
         raise UsageError(f"There are {len(keys)} row keys, but tensors of {sorted(counts)} rows.")
 
@@ -33,7 +33,7 @@ def last_of_each(keys: Sequence[bytes]) -> Places:
     >>> last_of_each([b"a", b"b", b"a"])
     array([1, 2])
     """
-    last = dict(zip(keys, range(len(keys)), strict=False))
-    if len(last) == len(keys):
+    if len(set(keys)) == len(keys):  # as is the rule
         return np.arange(len(keys))
+    last = dict(zip(keys, range(len(keys)), strict=True))
     return np.sort(np.fromiter(last.values(), np.int64, len(last)))

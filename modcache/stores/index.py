@@ -257,7 +257,8 @@ class _PackedTable:
         slots = self._table.take(buckets, axis=0)
         fits = _eights((slots ^ tags[:, None]) <= _ENTRY) == 0
         fits[1:] &= mixed[1:] != mixed[:-1]
-        order, buckets, tags, slots = order[fits], buckets[fits], tags[fits], slots[fits]
+        if not fits.all():  # mostly they do
+            order, buckets, tags, slots = order[fits], buckets[fits], tags[fits], slots[fits]
         starts = np.flatnonzero(np.diff(buckets, prepend=-1))
         rank = np.arange(len(buckets)) - np.repeat(starts, np.diff(starts, append=len(buckets)))
         slot = (_eights(slots != 0) * _ONES >> np.uint64(56)).view(np.int64) + rank

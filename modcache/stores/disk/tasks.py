@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["Drop", "Facts", "Put", "Queue", "Sync", "Task", "Use", "closed_lock"]
 
 _JOINED: Final = 8 << 20  # bytes of puts to one segment that are taken together
+_ENOUGH: Final = 4 << 20  # bytes that are worth a turn: each takes the interpreter from whoever puts more
+_A_WHILE: Final = 0.005  # seconds that fewer bytes wait for more
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,8 @@ class Queue:
         self.bytes = 0
         self.stopping = False
         self._most = most
+        self._enough = min(_ENOUGH, most // 4)
+        self._gathering = False
         # Re-entrant, because a finaliser may stop the thread in the middle of anything. Whoever puts rows takes the
         # bare lock: an interrupt within `Condition.__enter__` would leave it locked for good.
         self._lock = threading.RLock()
@@ -125,7 +129,8 @@ class Queue:
             if not self.stopping:
                 self._tasks.append(task)
                 self.bytes += _size_of(task)
-                self._state.notify_all()
+                if not self._gathering or not self._is_little():
+                    self._state.notify_all()
             return not self.stopping
 
     def take(self, idle: Callable[[], None], patience: float) -> list[Task]:
@@ -136,11 +141,10 @@ class Queue:
             patience: how long that is, in seconds.
         """
         with self._lock:
-            while not self._tasks:
+            while not self._wait_for_some(patience):
                 if self.stopping:
                     return []
-                if not self._state.wait(patience):
-                    idle()
+                idle()
             taken, size = [self._tasks.popleft()], 0
             first = taken[0]
             if self._alone:
@@ -153,6 +157,22 @@ class Queue:
                 size += after.size
                 taken.append(self._tasks.popleft())
             return taken
+
+    def _wait_for_some(self, patience: float) -> bool:
+        """Waits for a task, and a while longer where it is little; whether there is one. The lock is held."""
+        if not self._tasks and not self.stopping:
+            self._state.wait(patience)
+        if self._tasks and self._is_little():
+            self._gathering = True
+            self._state.wait(_A_WHILE)
+            self._gathering = False
+        return bool(self._tasks)
+
+    def _is_little(self) -> bool:
+        """Whether nothing waits but a few rows, which nobody waits for."""
+        if self.bytes >= self._enough or self.stopping or self._alone:
+            return False
+        return all(isinstance(task, Put) for task in self._tasks)
 
     def done(self, tasks: Sequence[Task]) -> None:
         """What was taken does not wait any more."""
