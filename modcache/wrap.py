@@ -12,6 +12,7 @@ from torch import nn
 from .attached import Attached
 from .classes import ATTACHED, attached_to, cached_class, decorated_class, original_class
 from .errors import LayeredError, NotCachedError, UsageError, UsageTypeError
+from .fingerprint import first_in_training
 from .freezing import freeze_module, thaw
 from .handle import Cache
 from .requested import CacheOptions, Requested, check_names, requested_of
@@ -163,8 +164,9 @@ def _ready(module: nn.Module, attached: Attached) -> None:
         attached.before = freeze_module(module)
         return
     trainable = next((name for name, value in module.named_parameters() if value.requires_grad), None)
-    if trainable is not None or module.training:
-        what = f"{trainable} is trainable" if trainable is not None else "it is in training mode"
+    training = first_in_training(dict(module.named_modules()))
+    if trainable is not None or training is not None:
+        what = f"{trainable} is trainable" if trainable is not None else f"{training} is in training mode"
         attached.memo.say(
             "not frozen",
             f"{what}, so it would not be cached in training. Wrap it with freeze=True, or call "

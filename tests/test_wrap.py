@@ -416,6 +416,16 @@ def test_a_failed_wrap_changes_nothing():
     assert layer.weight.requires_grad
 
 
+def test_training_mode_is_warned_about_where_it_matters():
+    """Layers that do the same in training are cached in it, and nothing is said; one that is random there is named."""
+    layer = cached_module(nn.Sequential(nn.Linear(4, 2), nn.ReLU()).requires_grad_(False))
+    for _ in range(2):
+        layer(BATCH)
+    assert cache_of(layer).stats.hits == 6
+    with pytest.warns(CacheWarning, match="Sequential: 1 is in training mode, so it would not be cached in training"):
+        cached_module(nn.Sequential(nn.Linear(4, 2), nn.Dropout()).requires_grad_(False))
+
+
 def test_explain_says_what_the_next_call_does():
     """Rows stored one by one are run once more with their first batch, and explain says so."""
     layer = cached_module(frozen_linear())

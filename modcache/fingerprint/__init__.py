@@ -4,6 +4,7 @@ from .callables import callable_digest
 from .context import context, context_facts
 from .facts import UNDETERMINED, Fingerprint, Standing, Suspect
 from .identity import Identity
+from .training import first_in_training
 
 __all__ = [
     "UNDETERMINED",
@@ -14,4 +15,5 @@ __all__ = [
     "callable_digest",
     "context",
     "context_facts",
+    "first_in_training",
 ]

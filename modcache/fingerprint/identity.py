@@ -178,7 +178,7 @@ class Identity:
             buffers=found.buffers,
             unreadable=found.unreadable,
             lazy=found.lazy,
-            training=first_in_training(found),
+            training=first_in_training(found.modules),
         )
         if self._first_fields is None:
             self._first_fields = {**facts.fields, **found.seen.shared}

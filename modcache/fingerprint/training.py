@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from .walk import Walk, original_class
+from .walk import original_class
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _SAFE_NAMES = """
     Linear Bilinear Identity Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d
@@ -30,9 +35,9 @@ _DROPOUTS = frozenset({nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.
 _RECURRENT = frozenset({nn.RNN, nn.LSTM, nn.GRU})
 
 
-def first_in_training(found: Walk) -> str | None:
-    """The first module in training mode that may be random or look at other rows (the root: its class)."""
-    for name, module in found.modules.items():
+def first_in_training(modules: Mapping[str, nn.Module]) -> str | None:
+    """The name of the first module in training mode that may be random or look at other rows (the root: its class)."""
+    for name, module in modules.items():
         if module.training and not _safe(module):
             return name or original_class(module).__name__
     return None
