@@ -111,7 +111,12 @@ def test_few_rows_wait_for_more(end, monkeypatch):
     assert not through.wait(0.1)
     assert queue.push(put(A, 1, rows=1)), "still less than a fourth of the bound"
     assert not through.wait(0.1)
-    {"sync": lambda: queue.push(Sync(closed_lock())), "enough": lambda: queue.push(put(A, 2)), "stop": queue.stop}[end]()
+    ends = {
+        "sync": lambda: queue.push(Sync(closed_lock())),
+        "enough": lambda: queue.push(put(A, 2)),
+        "stop": queue.stop,
+    }
+    ends[end]()
     assert through.wait(5)
     thread.join()
     assert taken == [[0, 1, 2] if end == "enough" else [0, 1]]
