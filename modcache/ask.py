@@ -40,6 +40,8 @@ def batch_of(options: Options, arguments: Arguments) -> Batch:
     try:
         batch = split(arguments.bound(), options.broadcast, is_row)
     except NoRowsError as error:
+        if any(isinstance(value, torch.fx.Proxy) for _, value in arguments.bound()):
+            raise Bypass("torch.fx.symbolic_trace") from None
         raise Bypass(
             "no rows", f"{error}; it runs uncached. Give per_row=False if it has no batch dimension."
         ) from None

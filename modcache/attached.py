@@ -65,6 +65,8 @@ class Attached:
         self.requested = requested
         self.inside = inside
         self.before: Before | None = None
+        self.at_first: Callable[[nn.Module], None] | None = None
+        """What is left to be done to the module at its first call."""
         self.closed = False
         advice = None
         if store is None:
@@ -150,9 +152,18 @@ class Attached:
             raise Bypass(reason)
         standing = self.identity.check(module, grad)
         if standing is not self._fine[grad]:
-            refuse_standing(standing, grad, versioned=self.requested.version is not None)
+            if self.at_first is not None:
+                standing = self._begin(module, self.at_first, grad)
+            requested = self.requested
+            refuse_standing(standing, grad, versioned=requested.version is not None, frozen=requested.freeze)
             self._fine[grad] = standing
         return standing
+
+    def _begin(self, module: nn.Module, at_first: Callable[[nn.Module], None], grad: bool) -> Standing:
+        """How the module stands once it is as it is to be from its first call on."""
+        self.at_first = None
+        at_first(module)
+        return self.identity.check(module, grad)
 
     def _bind(self, original: type[nn.Module]) -> Binder:
         """Names the arguments of a call: they are those of ``prepare``, or of the forward."""

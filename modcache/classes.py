@@ -17,11 +17,14 @@ from .errors import UsageError
 __all__ = [
     "ATTACHED",
     "cached_class",
+    "class_before",
     "decorated_class",
+    "is_decorated",
     "noticed_apply",
     "original_class",
     "reduced_by",
     "subclass",
+    "undone_class",
 ]
 
 ATTACHED = "_modcache"
@@ -77,6 +80,43 @@ def decorated_class(cls: type[nn.Module], attach: Attach) -> type[nn.Module]:
     made = subclass(cls, {"__init__": attaching(cls.__init__), "_modcache_attach": staticmethod(attach)})
     made.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[assignment]  # for the classes to come
     return made
+
+
+def is_decorated(cls: type) -> bool:
+    """Whether this is a class that was made in the place of a decorated one."""
+    return "_modcache_attach" in vars(cls)
+
+
+def undone_class(decorated: type[nn.Module]) -> type[nn.Module]:
+    """The class of an instance of a decorated class that is cached no more.
+
+    It is an instance of what goes by the name of its class still, and can be pickled by that name.
+    """
+    known = _undone.get(decorated)
+    made = known() if known is not None else None
+    if made is None:
+        cls: Any = original_class(decorated)
+
+        @functools.wraps(cls.__init__)
+        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is the class's own
+            if type(self) is made:
+                self.__class__ = decorated  # `type(module)(...)` asks for a new module, like any of its class
+            decorated.__init__(self, *args, **kwargs)
+
+        body = {"forward": cls.forward, "train": cls.train, "_apply": cls._apply, "__init__": __init__}
+        body["__reduce_ex__"] = reduced_by(decorated, undone_class, _new_undone)
+        made = subclass(decorated, {**body, "_modcache_original": cls, "_modcache_before": decorated})
+        _undone[decorated] = weakref.ref(made)
+    return made
+
+
+_undone: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
+
+
+def class_before(cls: type) -> type[nn.Module] | None:
+    """The decorated class of which a class is the undone one, if it is one."""
+    found: type[nn.Module] | None = vars(cls).get("_modcache_before")
+    return found
 
 
 def _refuse_own_name_in_super(cls: type) -> None:
@@ -225,4 +265,9 @@ def reduced_by(
 
 def _new_cached(cls: type[nn.Module], *args: Any) -> nn.Module:
     made = cached_class(cls)
+    return made.__new__(made, *args)
+
+
+def _new_undone(decorated: type[nn.Module], *args: Any) -> nn.Module:
+    made = undone_class(decorated)
     return made.__new__(made, *args)

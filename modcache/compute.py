@@ -99,10 +99,15 @@ def _rows(job: Job, run: Run) -> Rows:
             return rows
         raise NotRowsError("its output needs grad: something trainable that is no parameter of it feeds the output")
     except NotRowsError as error:
+        remedy = (
+            "Call it with use_cache=False, which leaves that out."
+            if "past_key_values" in str(error)
+            else "Cache a submodule whose output has one row per input, or give per_row=False if the module has no "
+            "batch dimension."
+        )
         raise Bypass(
             "output is not rows",
-            f"{error}; it runs uncached. Cache a submodule whose output has one row per input, or give per_row=False "
-            "if the module has no batch dimension.",
+            f"{error}; it runs uncached. {remedy}",
             *((run.output,) if run.whole else ()),
         ) from None
 

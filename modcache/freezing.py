@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["Before", "freeze_module", "thaw"]
+__all__ = ["Before", "freeze_module", "freeze_replaced", "parameters_of", "thaw"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,21 @@ def freeze_module(module: nn.Module) -> Before:
         parameter.grad = None
     module.eval()
     return before
+
+
+def parameters_of(module: nn.Module) -> dict[str, weakref.ref[nn.Parameter]]:
+    """Its parameters by name, without holding them."""
+    return {name: weakref.ref(value) for name, value in module.named_parameters(remove_duplicate=False)}
+
+
+def freeze_replaced(module: nn.Module, before: Mapping[str, weakref.ref[nn.Parameter]]) -> None:
+    """Freeze the parameters that stand in the places of others by now, which were frozen.
+
+    Whoever builds a module may load its weights into new parameters when it is built (``from_pretrained`` does).
+    """
+    for name, value in module.named_parameters(remove_duplicate=False):
+        if name in before and before[name]() is not value:
+            value.requires_grad_(False)
 
 
 def thaw(module: nn.Module, before: Before) -> None:

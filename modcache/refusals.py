@@ -37,21 +37,27 @@ def _only_a_device() -> bool:
     return all(type(mode) is DeviceContext for mode in modes)
 
 
-def refuse_standing(standing: Standing, grad: bool, *, versioned: bool) -> None:
+def refuse_standing(standing: Standing, grad: bool, *, versioned: bool, frozen: bool) -> None:
     """Bypass a module whose rows would not be what it gives, or would be missed by autograd.
 
     Args:
         standing: how the module stands.
         grad: whether grad mode is on.
         versioned: whether a ``version=`` stands for weights that cannot be read.
+        frozen: whether it was wrapped with ``freeze=True``.
     """
     if standing.lazy:
         raise Bypass("not materialised")
     if standing.trainable is not None and grad:
+        remedy = (
+            "It was added, or made trainable, after freeze=True: call requires_grad_(False) on it"
+            if frozen
+            else "Wrap it with freeze=True"
+        )
         raise Bypass(
             "trainable parameters",
-            f"{standing.trainable} is trainable and grad mode is on, so it runs uncached. Wrap it with freeze=True "
-            "if it is not trained, or call it under torch.no_grad().",
+            f"{standing.trainable} is trainable and grad mode is on, so it runs uncached. {remedy} if it is not "
+            "trained, or call it under torch.no_grad().",
         )
     if standing.training is not None:
         raise Bypass(

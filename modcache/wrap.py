@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import nn
 
 from .attached import Attached
-from .classes import ATTACHED, attached_to, cached_class, decorated_class, original_class
+from .classes import (
+    ATTACHED,
+    attached_to,
+    cached_class,
+    class_before,
+    decorated_class,
+    is_decorated,
+    original_class,
+    undone_class,
+)
 from .errors import LayeredError, NotCachedError, UsageError, UsageTypeError
 from .fingerprint import first_in_training
-from .freezing import freeze_module, thaw
+from .freezing import freeze_module, freeze_replaced, parameters_of, thaw
 from .handle import Cache
 from .requested import CacheOptions, Requested, check_names, requested_of
 
@@ -113,7 +123,7 @@ def _wrap_instance(module: nn.Module, requested: Requested) -> nn.Module:
     inside = module.__dict__.get("forward")  # compiled or hooked by accelerate: it goes inside
     attached = Attached(cls.__name__, requested, inside)
     try:
-        made = cached_class(cls)
+        made = class_before(cls) or cached_class(cls)
     except TypeError as error:  # an __init_subclass__ with arguments, a final class
         raise UsageTypeError(f"cached_module(...) cannot derive from {cls.__name__}: {error}") from None
     module.__dict__.pop("forward", None)
@@ -133,6 +143,8 @@ def _wrap_class(cls: type[nn.Module], requested: Requested) -> type[nn.Module]:
         attached = Attached(cls.__name__, requested)
         module.__dict__[ATTACHED] = attached
         _ready(module, attached)
+        if requested.freeze:
+            attached.at_first = partial(freeze_replaced, before=parameters_of(module))
         return attached
 
     return decorated_class(cls, attach)
@@ -187,7 +199,8 @@ def is_cached(module: nn.Module | type[nn.Module]) -> bool:
     (False, True)
     """
     cls = module if isinstance(module, type) else type(module)
-    return any(original_class(base) is not None for base in cls.__mro__)
+    found = next((base for base in cls.__mro__ if original_class(base) is not None), None)
+    return found is not None and class_before(found) is None
 
 
 def uncached(module: M) -> M:
@@ -224,7 +237,7 @@ def uncached(module: M) -> M:
             f"{cls.__name__} since; take that away first."
         )
     hung = attached_to(module)
-    module.__class__ = original
+    module.__class__ = undone_class(cls) if is_decorated(cls) else original
     del module.__dict__[ATTACHED]
     if not isinstance(hung, Attached):
         hung.undo(module)

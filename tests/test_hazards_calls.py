@@ -327,6 +327,26 @@ def test_rows_that_were_stored_one_by_one_stay_as_they_are(stored, tmp_path):
         assert len(cache_of(cached).store.row_keys(cache_of(cached).namespace)) == 6
 
 
+def test_symbolic_trace_of_a_parent():
+    """A graph of a parent is the plain one, and nothing is said of its proxies."""
+    cached, plain = pair()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CacheWarning)
+        traced = torch.fx.symbolic_trace(nn.Sequential(cached, nn.ReLU()))
+    assert_same(traced(X), plain(X).relu())
+
+
+def test_a_decoders_cache_in_the_output_has_its_remedy_named():
+    """It cannot be stored; that is an option of the call, not a matter of rows."""
+
+    class Decoder(nn.Module):
+        def forward(self, x):
+            return {"states": x * 2, "past_key_values": object()}
+
+    with pytest.warns(CacheWarning, match=r"past_key_values'\] is .* Call it with use_cache=False"):
+        cached_module(Decoder().eval())(X)
+
+
 def test_rows_that_were_stored_one_by_one_by_a_module_that_mixes_rows():
     """They go when a batch shows it, whether or not all of its rows were stored."""
 
