@@ -20,7 +20,7 @@ from .hit import Missed, Site, hit
 from .keys.keyed import Given
 from .manifests import facts_of
 from .memo import Bypass, Memo
-from .modes import given_keys
+from .modes import keys_around
 from .naming import Context, Naming, State
 from .notices import log
 from .opening import open_store
@@ -178,7 +178,7 @@ class Attached:
     def _given(self, keys: object) -> Given | None:
         if keys is not None:
             return Given(keys)
-        around = given_keys()
+        around = keys_around()
         return None if around is None else Given(around.keys, around.number(self._naming.token), "keys_for(...)")
 
     def _drop_spoiled(self) -> None:
@@ -246,7 +246,7 @@ class Attached:
             UsageTypeError: the module does not take such arguments (a ``TypeError``).
         """
         keys = kwargs.pop("cache_keys", None)
-        around = given_keys()
+        around = keys_around()
         given = Given(keys) if keys is not None else None
         if given is None and around is not None:
             given = Given(around.keys, 0, "keys_for(...)")

@@ -16,7 +16,7 @@ from .errors import UsageError, UsageTypeError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["MODES", "GivenKeys", "current_mode", "given_keys", "keys_for", "mode", "without_given_keys"]
+__all__ = ["MODES", "KeysAround", "current_mode", "keys_around", "keys_for", "mode", "without_given_keys"]
 
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
@@ -85,7 +85,7 @@ class mode(contextlib.AbstractContextManager["mode"]):  # noqa: N801 - used like
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GivenKeys:
+class KeysAround:
     """Keys for the rows of every cached module that runs inside `keys_for`.
 
     Args:
@@ -104,10 +104,10 @@ class GivenKeys:
         return number
 
 
-_given: contextvars.ContextVar[GivenKeys | None] = contextvars.ContextVar("modcache_keys", default=None)
+_given: contextvars.ContextVar[KeysAround | None] = contextvars.ContextVar("modcache_keys", default=None)
 
 
-given_keys: Callable[[], GivenKeys | None] = _given.get
+keys_around: Callable[[], KeysAround | None] = _given.get
 """What `keys_for` gave to the running block, if anything."""
 
 
@@ -142,7 +142,7 @@ def keys_for(ids: object) -> Iterator[None]:
     A module that is called several times in one block (two towers that share an encoder) has other rows each time,
     so the number of the call is part of the key.
     """
-    token = _given.set(GivenKeys(ids))
+    token = _given.set(KeysAround(ids))
     try:
         yield
     finally:

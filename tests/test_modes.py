@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from modcache import CacheMissError, UsageError, UsageTypeError, cache_of, cached_module, keys_for, mode, modes
-from modcache.modes import MODES, GivenKeys, current_mode, given_keys
+from modcache.modes import MODES, KeysAround, current_mode, keys_around
 
 from .models import encoder
 
@@ -158,7 +158,7 @@ def test_keys_for_nested_modules():
     with keys_for(ids):
         again = model(X + 1)
     assert torch.equal(first, again)
-    assert given_keys() is None
+    assert keys_around() is None
     assert cache_of(inner).stats.computed == 3
 
 
@@ -180,14 +180,14 @@ def test_given_directly_wins():
         inner(X)
         inner(X, cache_keys=[5, 6, 7, 8])
         with keys_for([9, 10, 11, 12]):
-            assert given_keys().keys == [9, 10, 11, 12]
-        assert given_keys().keys == [1, 2, 3, 4]
+            assert keys_around().keys == [9, 10, 11, 12]
+        assert keys_around().keys == [1, 2, 3, 4]
     assert cache_of(inner).contains(X, cache_keys=[1, 2, 5, 9]) == [True, True, True, False]
 
 
 def test_numbers_of_calls():
     """Calls are counted by module."""
-    given = GivenKeys([1])
+    given = KeysAround([1])
     assert [given.number("a"), given.number("b"), given.number("a")] == [0, 0, 1]
 
 
@@ -195,12 +195,12 @@ def test_keys_are_the_threads():
     """What is given in one thread is not given in another, and goes with an error."""
     seen = []
     with pytest.raises(ZeroDivisionError), keys_for([1]):
-        worker = threading.Thread(target=lambda: seen.append(given_keys()))
+        worker = threading.Thread(target=lambda: seen.append(keys_around()))
         worker.start()
         worker.join()
         raise ZeroDivisionError
     assert seen == [None]
-    assert given_keys() is None
+    assert keys_around() is None
 
 
 def test_a_decorator_acts_while_its_function_runs():
