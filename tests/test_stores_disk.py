@@ -22,8 +22,9 @@ from modcache.rows import Layout, Rows
 from modcache.stores import Describes, DiskStore, MemoryStore, TieredStore
 from modcache.stores.disk import group, open_directory
 from modcache.stores.disk import store as disk_store
+from modcache.stores.disk.catalogue import Catalogue
 from modcache.stores.disk.descriptors import Descriptors
-from modcache.stores.disk.names import folder_of
+from modcache.stores.disk.names import CATALOGUE, folder_of
 from modcache.stores.disk.segment import Segment
 from tests.contracts import LAYOUTS, PAIR, VECTOR, AbilitiesContract, answers, expected, key, keys, rows_of
 
@@ -259,6 +260,8 @@ def test_options_that_cannot_be_right(tmp_path):
     for wrong in ("1GB", 1e9, True):
         with pytest.raises(UsageTypeError, match="max_bytes is a number of bytes"):
             DiskStore(tmp_path, max_bytes=wrong)
+    with pytest.raises(UsageTypeError, match="mmap is True or False, but 'no' was given"):
+        DiskStore(tmp_path, mmap="no")
     for wrong in (None, 3, ""):
         with pytest.raises(UsageTypeError, match="path of a cache directory"):
             DiskStore(wrong)
@@ -542,3 +545,13 @@ def test_what_others_dropped_need_not_last(tmp_path):
         store.flush()
     with DiskStore(tmp_path) as again:
         assert again.row_keys("a") == keys(2)
+
+
+def test_what_was_asked_for_first_is_in_the_catalogue(tmp_path):
+    """Who asks for rows, finds none and puts them, as a loop does, leaves a catalogue that knows of them."""
+    directory = tmp_path / "cache"
+    with DiskStore(directory) as store:
+        assert store.get("a", keys(1, 2)) == ()
+        store.put("a", keys(1, 2), rows_of([1, 2]))
+    (entry,) = Catalogue(directory / CATALOGUE, writable=False).entries().values()
+    assert (entry.rows, abs(entry.last_used - time.time()) < 60) == (2, True)

@@ -746,3 +746,10 @@ def test_namespace_bytes():
     store.put("a", keys(1, 2), rows_of([1, 2]))
     store.put("b", keys(1), rows_of([1]))
     assert [store.namespace_bytes(name) for name in ("a", "b", "c")] == [24, 12, 0]
+
+
+def test_closed_at_the_end_of_a_block():
+    """A store is a context manager: at the end of the block it is closed."""
+    with MemoryStore(1 << 20) as store:
+        assert store.put("a", keys(1), rows_of([1])) == 1
+    assert store.put("a", keys(1), rows_of([1])) == 0

@@ -333,3 +333,10 @@ def test_namespace_bytes():
     assert (both.namespace_bytes("a"), both.namespace_bytes("b")) == (24, 0)
     assert front_only.namespace_bytes("a") == 24
     assert TieredStore(PlainStore(), PlainStore()).namespace_bytes("a") == 0
+
+
+def test_closed_at_the_end_of_a_block():
+    """A store is a context manager: at the end of the block both tiers are closed."""
+    with TieredStore(MemoryStore(1 << 20), MemoryStore(1 << 20)) as store:
+        assert store.put("a", keys(1), rows_of([1])) == 1
+    assert (store.front.put("a", keys(1), rows_of([1])), store.back.put("a", keys(1), rows_of([1]))) == (0, 0)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import torch
+    from typing_extensions import Self
 
     from ..rows import Layout, Lent, Rows
     from .columns import Column
@@ -88,6 +89,12 @@ class MemoryStore:
     def __repr__(self) -> str:
         name, options = type(self).__name__, f"device={self._device_name!r}, eviction={self._eviction!r}"
         return f"{name}({self._max_bytes}, {options})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def get(self, namespace: str, row_keys: Sequence[bytes]) -> tuple[Found, ...]:
         """The rows that are there, in fresh memory: one `Found` per layout."""

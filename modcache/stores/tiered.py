@@ -18,6 +18,8 @@ from .protocol import Describes, Found, Store, StoreStats, bytes_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from typing_extensions import Self
+
     from ..rows import Lent
     from .index import Places
 
@@ -140,6 +142,12 @@ class TieredStore:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.front!r}, {self.back!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def get(self, namespace: str, row_keys: Sequence[bytes]) -> tuple[Found, ...]:
         """The rows that a tier has; those of the back are put in front."""

@@ -33,6 +33,7 @@ __all__ = [
     "Frame",
     "SegmentHeader",
     "frames_behind",
+    "is_whole",
     "log_header_bytes",
     "pack_frame",
     "pack_log_header",
@@ -270,6 +271,16 @@ def frames_behind(data: bytes, segment: bytes, offset: int, most_rows: int) -> l
         found += frames
         place = max(place + 1, end - offset)
     return found
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether there is at least as much as the frame claims that begins here, or what is no frame at all."""
+    if len(data) < _FRAME.size + _SUM.size:
+        return False
+    magic, kind, count, zero, _, _ = _FRAME.unpack_from(data)
+    if magic != _FRAME_MAGIC or zero or kind not in _PER_KEY:
+        return True
+    return bool(_FRAME.size + count * _PER_KEY[kind] + _SUM.size <= len(data))
 
 
 def _sealed(body: bytes) -> bytes:

@@ -19,6 +19,7 @@ from .group import ROW_BITS, Group, LostError, Taken
 from .names import SegmentName, folder_of
 from .segment import Segment, check_rows, read_header
 from .statements import Statements
+from .tails import damage_behind, is_cut_off
 
 __all__ = ["Reading"]
 
@@ -262,8 +263,10 @@ class Reading:
             if self._odd.get(name) == looks:
                 return False
             read = read_header(self._directory, self.folder, name)
-            if read is None:  # its writer is just about to write it, or was killed
-                self._listed = None
+            if read is None:
+                if is_cut_off(self._directory, self.folder, name):
+                    raise DamageError("its log is cut off")
+                self._listed = None  # its writer is just about to write it, or was killed
                 return False
             header, end = read
             if header.namespace != self.namespace:
@@ -300,9 +303,13 @@ class Reading:
                     if end == len(frames) or frames[end].kind != frames[start].kind:
                         self._take_in(segment, frames[start:end])
                         start = end
+            damage = damage_behind(self._directory, segment) if segment.doubtful else None
         except OSError:
             self._lose([segment.number])
             return True
+        if damage is not None:
+            text = f"rows of namespace {self.namespace!r} count as missing: {damage} ({segment.name.log})"
+            self.troubles.append(("damaged segment", text))
         return changed
 
     def _take_in(self, segment: Segment, frames: list[Frame]) -> None:

@@ -61,6 +61,7 @@ class Segment:
         self.waiting: list[tuple[int, npt.NDArray[np.uint8]]] = []  # those, with the number of the first row
         self.own = False
         self.closed = False  # of our own, but nothing more is put there
+        self.doubtful = False  # the last look found more than it could believe
         self.most = max(1, min(_MOST_BYTES // max(1, self.row_bytes), _MOST_ROWS))
         self._firsts: list[int] = []
         self._stamps: list[int] = []
@@ -84,6 +85,11 @@ class Segment:
         stamps: Places = np.array(self._stamps, np.int64)[at]
         return np.where(rows < self.committed, stamps, NEVER)
 
+    @property
+    def log_end(self) -> int:
+        """Where the log ends as far as it is believed."""
+        return self._log_end
+
     def begin_log(self, end: int) -> None:
         """The log is read up to here."""
         self._log_end = end
@@ -94,6 +100,7 @@ class Segment:
         Raises:
             OSError: the segment cannot be read, or is gone.
         """
+        self.doubtful = False
         found = os.stat(directory.place_of(self.folder) / self.name.log, follow_symlinks=False)
         seen = (found.st_ino, found.st_size, found.st_mtime_ns)
         if seen == self._seen:
@@ -108,6 +115,7 @@ class Segment:
                 if not frames:
                     break
                 yield frames
+        self.doubtful = bool(data) or size > self.file_bytes
         self._seen = seen
 
     def open_rows(self, directory: Directory) -> int:

@@ -92,7 +92,9 @@ class DiskStore:
             raise UsageTypeError(f"directory is the path of a cache directory, but {directory!r} was given.")
         self._max_bytes = _checked(max_bytes, "max_bytes", 1, "no bound")
         self._keep_free = _checked(keep_free, "keep_free", 0, "the smaller of 1 GiB and 5 % of the file system")
-        self._mmap = bool(mmap)
+        if not isinstance(mmap, bool):
+            raise UsageTypeError(f"mmap is True or False, but {mmap!r} was given.")
+        self._mmap = mmap
         self._directory = Directory(directory)
         self._directory.check()
         self._refused = 0
@@ -351,9 +353,9 @@ class DiskStore:
 
     def _note_use(self, reading: Reading) -> None:
         now, last = time.monotonic(), self._used.get(reading.namespace)
-        if last is None or now - last > _USE_NOTED:
+        if (last is None or now - last > _USE_NOTED) and len(reading):  # a look at nothing is no use
             self._used[reading.namespace] = now
-            if len(reading) and self._is_writable():
+            if self._is_writable():
                 self._writing.push(Use(reading, time.time()))
 
     def _is_writable(self) -> bool:
