@@ -497,6 +497,7 @@ def judged(case: Case, under: Under, *, train_first: bool = True) -> Verdict:
         warnings.simplefilter("error")
         for category in (CacheWarning, DeprecationWarning, FutureWarning, UserWarning):
             warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0", RuntimeWarning)  # by torch.compile
         return _judged(model, case, under, steps, expected, options)
 
 
