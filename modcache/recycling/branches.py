@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .asks import answer_of, sizes_of_answer
+from .asks import FACTS, answer_of, sizes_of_answer
 from .trace import Mark, Trace
 
 __all__ = ["Branch", "Branches", "Ways"]
@@ -34,13 +34,14 @@ class Ways:
     """The ways to a cut that were looked at."""
 
     def __init__(self) -> None:
-        self._places: set[Branch] = set()
+        self.places: set[Branch] = set()
+        """Those where all ways were looked at."""
         self._answers: dict[Branch, set[object]] = {}
         self._looks: Counter[Branch] = Counter()
 
     def __contains__(self, way: Branch) -> bool:
         """Whether it was looked at."""
-        return way in self._places or way[-1] in self._answers.get(way[:-1], ())
+        return way in self.places or way[-1] in self._answers.get(way[:-1], ())
 
     @property
     def by_values(self) -> bool:
@@ -55,11 +56,11 @@ class Ways:
                 self._answers.setdefault(way[:-1], set()).add(way[-1])
                 answered.add(way[:-1])
             else:
-                self._places.add(way)
+                self.places.add(way)
         self._looks.update(answered)
         for place in answered:
             if self._looks[place] >= _MANY:
-                self._places.add(place)
+                self.places.add(place)
                 del self._answers[place]
 
 
@@ -83,13 +84,11 @@ class Branches(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """One function of torch."""
         frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_code.co_filename.startswith(_TORCHS):
-            frame = frame.f_back
-        place = id(frame.f_code), frame.f_lasti
-        if place not in self._known:
-            _codes[place[0]] = frame.f_code
-            self.new.add(place)
+        if (id(frame.f_code), frame.f_lasti) not in self._known.places:
+            self._note_place(frame)
         result = func(*args, **(kwargs or {}))
+        if func in FACTS:
+            return result  # which tells no values, and is most of what is asked
         name = getattr(func, "__name__", "")
         answer = answer_of(name, result)
         if answer is None and not self.inside:
@@ -107,13 +106,25 @@ class Branches(TorchFunctionMode):
             if not any(mark.kind == "input" and mark.name in names for mark in marks)
         }
 
+    def _note_place(self, frame: types.FrameType) -> None:
+        frame = _outside_of_torch(frame)
+        place = id(frame.f_code), frame.f_lasti
+        if place not in self._known.places:
+            _codes[place[0]] = frame.f_code
+            self.new.add(place)
+
     def _note(self, answer: object, args: Any) -> None:
-        frame = sys._getframe(2)
-        while frame.f_back is not None and frame.f_code.co_filename.startswith(_TORCHS):
-            frame = frame.f_back
+        frame = _outside_of_torch(sys._getframe(2))
         code = frame.f_code
         place = (code.co_filename, code.co_firstlineno, code.co_name, frame.f_lasti)
         if self.trace is not None:
             self.marks[place] = self.marks.get(place, frozenset()) | self.trace.all_marks(args)
         if place not in self._known and (way := (*place, str(answer))) not in self._known:
             self.new.add(way)
+
+
+def _outside_of_torch(frame: types.FrameType) -> types.FrameType:
+    """The innermost of the frames that are no part of torch."""
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_TORCHS):
+        frame = frame.f_back
+    return frame
