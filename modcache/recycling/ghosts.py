@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from typing_extensions import Self
 
 from ..errors import CutError
 from .asks import DEMANDS, FACTS, LIKE, MOVES, around_now, chance_now, chance_of, name_of, under
@@ -24,9 +23,9 @@ class Ghost(torch.Tensor):
 
     sheet: Sheet
     source: Origin | Derived
-    value: torch.Tensor | None
-    meta: torch.Tensor | None
-    wants_grad: bool
+    value: torch.Tensor | None = None
+    meta: torch.Tensor | None = None
+    wants_grad: bool = False
 
     @staticmethod
     def __new__(cls, sheet: Sheet, spec: Spec, source: Origin | Derived, meta: torch.Tensor | None = None) -> Self:
@@ -34,11 +33,10 @@ class Ghost(torch.Tensor):
         made: Any = torch.Tensor._make_wrapper_subclass(
             cls, spec.shape, strides=spec.stride, dtype=spec.dtype, device=spec.device
         )
-        made.sheet, made.source, made.value, made.meta, made.wants_grad = sheet, source, None, meta, False
+        made.sheet, made.source = sheet, source
+        if meta is not None:
+            made.meta = meta
         return made  # type: ignore[no-any-return]
-
-    def __init__(self, *args: Any) -> None:
-        """Everything is done when it is made."""
 
     def __repr__(self) -> str:  # type: ignore[override]
         """Readable, without a value."""
@@ -55,7 +53,13 @@ class Ghost(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Work out what an operation on ghosts gives."""
-        return _operate(func, args, kwargs or {})
+        if func not in FACTS:
+            return _operate(func, args, kwargs or {})
+        ghost = args[0]
+        if type(ghost) is Ghost and ghost.value is not None:
+            return func(*mapped(args, unwrapped), **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -91,14 +95,10 @@ def filled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
     Raises:
         CutError: the value of one is not stored.
     """
-    for value in args:
-        if type(value) not in ATOMS:
-            args = mapped(args, unwrapped, Ghost)
-            break
-    for value in kwargs.values():
-        if type(value) not in ATOMS:
-            kwargs = mapped(kwargs, unwrapped, Ghost)
-            break
+    if not ATOMS.issuperset(map(type, args)):
+        args = mapped(args, unwrapped, Ghost)
+    if not ATOMS.issuperset(map(type, kwargs.values())):
+        kwargs = mapped(kwargs, unwrapped, Ghost)
     return args, kwargs
 
 
@@ -106,12 +106,6 @@ def filled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
 
 
 def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if func in FACTS:
-        ghost = args[0]
-        if type(ghost) is Ghost and ghost.value is not None:
-            return func(*mapped(args, unwrapped), **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
     ghosts = [ghost for _, ghost in located((args, kwargs), Ghost)]
     late = any(ghost.value is not None or ghost.sheet.reached for ghost in ghosts)
     if late and name_of(func) in LIKE:

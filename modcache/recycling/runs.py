@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from .ghosts import Ghost, filled
 from .origins import Origin, Spec, spec_of
 from .shadow import Place, eval_twin
 from .trace import Mark, Trace
-from .trees import Step, hidden_tensors, located, mapped
+from .trees import ATOMS, Step, hidden_tensors, located, mapped
 
 __all__ = ["Called", "Capture", "Reached", "Resume", "Template", "template_of"]
 
@@ -136,6 +136,15 @@ class Capture:
             )
 
 
+def _ghosts_in(group: int, given: Iterable[tuple[int | str, Any]]) -> Iterator[tuple[Step, Ghost]]:
+    """The ghosts among the arguments of a module: in its positional (0) or named (1) ones."""
+    for step, value in given:
+        if type(value) is Ghost:
+            yield (group, step), value
+        elif type(value) not in ATOMS:
+            yield from located(value, Ghost, (group, step))
+
+
 def _listed(value: Any) -> list[torch.Tensor]:
     """The tensors in lists and mappings, which a module may change."""
     return [tensor for _, tensor in located(value)]
@@ -230,7 +239,7 @@ class Resume:
         return output
 
     def _bind(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ghosts = [(step, ghost) for step, ghost in located((args, kwargs)) if type(ghost) is Ghost]
+        ghosts = [*_ghosts_in(0, enumerate(args)), *_ghosts_in(1, kwargs.items())]
         self.ghostly = tuple(step for step, _ in ghosts)
         if self._values is None:
             raise Reached
