@@ -174,7 +174,7 @@ def with_values(arguments: Arguments, values: Mapping[str, Any]) -> Arguments:
 def owned(arguments: Arguments) -> Arguments:
     """The arguments in lists and mappings of their own, of which a forward may take things out."""
     args, kwargs = arguments.args, arguments.kwargs
-    if all(type(value) in ATOMS for value in args) and all(type(value) in ATOMS for value in kwargs.values()):
+    if ATOMS.issuperset(map(type, args)) and ATOMS.issuperset(map(type, kwargs.values())):
         return arguments
     return Arguments(fresh(args), fresh(kwargs), arguments.names)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from .frozen import Frozen
 from .kinds import Asked, asked_of, inputs_of
 from .plan import Asking, Plan
 from .probe import probe
-from .resuming import Call, Resuming, inputs_of_trunk
+from .resuming import Call, Resuming, given_to_trunk
 from .shadow import Shadow
 from .trunk import Parted, TrunkAttached, probed_memo
 
@@ -123,7 +123,7 @@ class Recycled:
                 "is stored of them. Call the model so once, or give recycle(..., batch=...)."
             )
         parted = self.parted.get(asked.kind) or self.part(model, asked.kind, plan)
-        return parted, inputs_of_trunk(plan, asked, keys)
+        return parted, given_to_trunk(plan, inputs_of(asked, plan.wanted), keys)
 
     def moved(self) -> None:
         """The model is being moved or cast: nothing that depends on where it was may be kept."""
@@ -136,26 +136,27 @@ class Recycled:
     def forward(self, model: nn.Module, cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model's forward gives, from the stored values at the cut on."""
         keys = kwargs.pop("cache_keys", None)
-        local, forward = self._local, partial(cls.forward, model)
+        local = self._local
         if local.inside:  # the model calls itself, or is being probed
-            return forward(*args, **kwargs)
+            return cls.forward(model, *args, **kwargs)
         strange = unusual(model)
         if strange is not None and strange != "mode off":
-            return self._strangely(strange, forward, args, kwargs)
+            return self._strangely(strange, partial(cls.forward, model), args, kwargs)
         local.inside = True
         try:
             asked = self._asked(cls, args, kwargs)
             if asked.batch.size == 0:
-                return forward(*args, **kwargs)
+                return cls.forward(model, *args, **kwargs)
             found = self.plan_of(model, cls, asked)
             if found is None or self.closed or strange is not None:
                 reason = strange or ("closed" if self.closed else "one row of a new kind of call")
-                return self._in_full(reason, forward, args, kwargs, asked.batch.size)
+                return self._in_full(reason, partial(cls.forward, model), args, kwargs, asked.batch.size)
             plan, parted = found
+            inputs = inputs_of(asked, plan.wanted)
             if torch.is_grad_enabled():
-                self._refuse_grad(plan, asked)
+                self._refuse_grad(plan, inputs)
             parted.take_over(self.written)
-            return self._resuming(Call(asked, plan, parted, self.shadow(model), cls.forward, keys))
+            return self._resuming(Call(asked, plan, parted, self.shadow(model), cls.forward, inputs, keys))
         finally:
             local.inside = False
 
@@ -220,7 +221,7 @@ class Recycled:
             plan, ways = probe(model, cls.forward, self.shadow(model), asked, self.asking, tokens)
         finally:
             self._local.inside = before
-        self._refuse_grad(plan, asked)
+        self._refuse_grad(plan, inputs_of(asked, plan.wanted))
         self._refuse_scripted(model, plan)
         late = [name for name in plan.frozen if model.get_parameter(name).requires_grad]
         if late and (around := reducer_around(model)) is not None:
@@ -254,8 +255,8 @@ class Recycled:
         """The model was put into training or eval mode; the trunk stays in eval mode."""
         self.frozen.after_train(model, self.plans.values())
 
-    def _refuse_grad(self, plan: Plan, asked: Asked) -> None:
-        for path, value in inputs_of(asked, plan.wanted).items():
+    def _refuse_grad(self, plan: Plan, inputs: Mapping[str, Any]) -> None:
+        for path, value in inputs.items():
             if any(tensor.requires_grad for tensor in tensors_in(value)):
                 raise CutError(
                     f"{self.memo.name}: its argument {path} needs grad, but it feeds the cut {plan.at}, and what is "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,19 +16,22 @@ from .axes import from_rows
 from .branches import Branch, Branches, Ways
 from .captures import capture, refuse_feeding, rows_of_capture, shapes_of
 from .ghosts import Ghost, Origin, unwrapped
-from .kinds import Asked, first_row, inputs_of, owned, rows_in, with_inputs
+from .kinds import Asked, first_row, owned, rows_in, with_inputs
 from .plan import Plan, Shapes
 from .proving import Proof, Sample, sample_of
 from .runs import Capture, Resume
 from .shadow import Shadow, running
-from .trees import fill_inside, mapped
-from .trunk import Parted, capturing
+from .trees import Step, fill_inside, mapped
+from .trunk import Parted, Trunk, capturing
 
-__all__ = ["Call", "Resuming", "inputs_of_trunk"]
+__all__ = ["Call", "Resuming", "given_to_trunk"]
 
 _SIZES = 512
 _SAMPLED = 8
 _SAMPLES = 8
+
+_Sizes = tuple[object, ...]
+"""What shapes before the cut depend on: the kind of call, the sizes of its inputs, the context, the trunk's state."""
 
 
 class Call(NamedTuple):
@@ -40,6 +43,7 @@ class Call(NamedTuple):
         parted: the trunk.
         shadow: of the model, in this thread.
         forward: the model's own.
+        inputs: those that feed the cut, by path.
         keys: keys of the rows that the caller gave.
     """
 
@@ -48,6 +52,7 @@ class Call(NamedTuple):
     parted: Parted
     shadow: Shadow
     forward: Callable[..., Any]
+    inputs: Mapping[str, Any]
     keys: Any
 
 
@@ -68,9 +73,9 @@ class Resuming:
 
     def __init__(self, cut_requires_grad: bool) -> None:
         self._cut_requires_grad = cut_requires_grad
-        self._shapes: dict[tuple[object, ...], Shapes] = {}
+        self._shapes: dict[_Sizes, Shapes] = {}
         self._ways: dict[tuple[object, ...], Ways] = {}
-        self._samples: dict[tuple[object, ...], list[Sample]] = {}
+        self._samples: dict[_Sizes, list[Sample]] = {}
 
     def looked_at(self, asked: Asked, ways: frozenset[Branch]) -> None:
         """A probe looked at these ways."""
@@ -83,13 +88,14 @@ class Resuming:
 
     def __call__(self, call: Call) -> Any:
         """What the model gives."""
-        given, plan = call.asked.arguments, call.plan
+        asked, plan, inputs = call.asked, call.plan, call.inputs
+        given = asked.arguments
         kept = owned(given)  # the model's own code may take things out of what it is given, and is yet to be given it
-        asked = call.asked._replace(arguments=kept)
-        call = call._replace(asked=asked)
-        known = self._ways.setdefault(asked.kind, Ways())
+        if kept is not given:
+            asked = asked._replace(arguments=kept)
+            call = call._replace(asked=asked)
+        known = self._ways.get(asked.kind) or self._ways.setdefault(asked.kind, Ways())
         ways, made, looked = Branches(known), list[Shapes](), False
-        inputs = inputs_of(asked, plan.wanted)
 
         def run(given: dict[str, Any]) -> Any:
             nonlocal looked
@@ -112,9 +118,10 @@ class Resuming:
         try:
             with capturing(run):
                 trunk = call.parted.trunk
-                stored = call.parted.attached.forward(trunk, type(trunk), (), inputs_of_trunk(plan, asked, call.keys))
+                stored = call.parted.attached.forward(trunk, Trunk, (), given_to_trunk(plan, inputs, call.keys))
                 ways.new.clear()  # those of a row that was alone
-                shapes = self._shapes_of(call, made, run, inputs)
+                sizes = _sizes_of(call)
+                shapes = self._shapes_of(call, sizes, made, run)
         except _RefusedError as refused:
             raise refused.error from None
         output = self._head(call, given, shapes, stored, ways)
@@ -123,7 +130,7 @@ class Resuming:
             self._proof(call, ways).refuse_other(stored)
             self._proved(call, ways)
         if known.by_values and asked.batch.size > 1:
-            self._remember(call, stored, anew=looked)
+            self._remember(call, sizes, stored, anew=looked)
         return output
 
     def _proved(self, call: Call, ways: Branches, given: Mapping[str, Any] | None = None, rows: Any = None) -> bool:
@@ -134,7 +141,7 @@ class Resuming:
         Raises:
             CutError: they do not.
         """
-        samples = [sample for sample in self._samples_of(call) if sample.goes_with(call.asked)]
+        samples = [sample for sample in self._samples_of(_sizes_of(call)) if sample.goes_with(call.asked)]
         if call.asked.batch.size + len(samples) < 2:
             return False
         self._proof(call, ways).refuse_coupled(samples, given, rows)
@@ -142,9 +149,9 @@ class Resuming:
         ways.new.clear()
         return True
 
-    def _remember(self, call: Call, stored: Any, *, anew: bool) -> None:
+    def _remember(self, call: Call, sizes: _Sizes, stored: Any, *, anew: bool) -> None:
         """Keep a row of a batch, one for each new way: rows on other ways are to be the same beside it."""
-        samples = self._samples_of(call)
+        samples = self._samples_of(sizes)
         if (anew or not samples) and len(samples) < _SAMPLES:
             samples.extend(filter(None, [sample_of(call.asked, stored)]))
 
@@ -152,9 +159,8 @@ class Resuming:
         tokens = call.parted.attached.memo.options.extractor.name == "tokens"
         return Proof(call.plan, call.shadow, call.forward, call.asked, ways, tokens=tokens)
 
-    def _samples_of(self, call: Call) -> list[Sample]:
+    def _samples_of(self, sizes: _Sizes) -> list[Sample]:
         """Rows of earlier batches of the same sizes and state."""
-        sizes = _sizes_of(call)
         found = self._samples.get(sizes)
         if found is None:
             if len(self._samples) >= _SAMPLED:
@@ -162,16 +168,13 @@ class Resuming:
             found = self._samples[sizes] = []
         return found
 
-    def _shapes_of(
-        self, call: Call, made: list[Shapes], run: Callable[[dict[str, Any]], Any], inputs: Mapping[str, Any]
-    ) -> Shapes:
+    def _shapes_of(self, call: Call, sizes: _Sizes, made: list[Shapes], run: Callable[[dict[str, Any]], Any]) -> Shapes:
         """Shapes are those of the latest capture, or of an earlier one of the same sizes and state, or of one row."""
-        asked, sizes = call.asked, _sizes_of(call)
         shapes = self._shapes.get(sizes)
         if shapes is None or (made and call.plan.shared):
             if not made:
                 try:
-                    run({path: first_row(asked, path, value) for path, value in inputs.items()})
+                    run({path: first_row(call.asked, path, value) for path, value in call.inputs.items()})
                 except Bypass:  # of a row that is alone: its shapes are known all the same
                     assert made
             if len(self._shapes) >= _SIZES:
@@ -181,22 +184,16 @@ class Resuming:
 
     def _head(self, call: Call, arguments: Arguments, shapes: Shapes, stored: Any, ways: Branches) -> Any:
         plan, shadow = call.plan, call.shadow
-        tensors: dict[Any, torch.Tensor] = {source: value.clone() for source, value in shapes.shared.items()}
-        for kept, rows in zip(plan.per_row, stored, strict=True):
-            assert kept.axis is not None
-            tensors[kept.source] = from_rows(rows, kept.axis)
-        if self._cut_requires_grad and torch.is_grad_enabled():
-            for value in tensors.values():
-                if value.is_floating_point():
-                    value.requires_grad_()
-        run = Resume(
-            plan.call,
-            shapes.scaled(plan, call.asked.batch.size),
-            plan.live,
-            plan.twins,
-            {source: value for source, value in tensors.items() if not isinstance(source, Origin)},
-            {source: value for source, value in tensors.items() if isinstance(source, Origin)},
-        )
+        values: dict[Step, torch.Tensor] = {}
+        extras: dict[Origin, torch.Tensor] = {}
+        for source, value in _stored_tensors(plan, shapes, stored):
+            if self._cut_requires_grad and torch.is_grad_enabled() and value.is_floating_point():
+                value.requires_grad_()
+            if isinstance(source, Origin):
+                extras[source] = value
+            else:
+                values[source] = value
+        run = Resume(plan.call, shapes.scaled(plan, call.asked.batch.size), plan.live, plan.twins, values, extras)
         run.branches, run.fires = ways, plan.fires
         shadow.take_over()
         shadow.skipped = plan.skipped
@@ -227,13 +224,24 @@ class Resuming:
         return output
 
 
-def inputs_of_trunk(plan: Plan, asked: Asked, keys: Any) -> dict[str, Any]:
+def _stored_tensors(plan: Plan, shapes: Shapes, stored: Any) -> Iterator[tuple[Step | Origin, torch.Tensor]]:
+    """What a resumed call needs, as the model had it."""
+    for source, value in shapes.shared.items():
+        yield source, value.clone()
+    for kept, rows in zip(plan.per_row, stored, strict=True):
+        assert kept.axis is not None
+        yield kept.source, from_rows(rows, kept.axis)
+
+
+def given_to_trunk(plan: Plan, inputs: Mapping[str, Any], keys: Any) -> dict[str, Any]:
     """What a trunk is called with: the inputs that feed it, the kind of call, and given keys."""
-    named = {} if keys is None else {"cache_keys": keys}
-    return {**inputs_of(asked, plan.wanted), "call of the kind": plan.tag, **named}
+    given = {**inputs, "call of the kind": plan.tag}
+    if keys is not None:
+        given["cache_keys"] = keys
+    return given
 
 
-def _sizes_of(call: Call) -> tuple[object, ...]:
+def _sizes_of(call: Call) -> _Sizes:
     return call.asked.kind, call.asked.sizes, context(), call.parted.attached.state
 
 

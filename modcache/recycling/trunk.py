@@ -6,7 +6,8 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -66,6 +67,16 @@ class Trunk(nn.Module):
         return _local.run(inputs)
 
 
+class _Fields(NamedTuple):
+    """The attributes of an ancestor, and those of them that its copy was given."""
+
+    names: list[str]
+    given: list[str]
+
+
+_NOTHING = _Fields([], [])
+
+
 class Parted:
     """The trunk of a model, and how it is kept in step with it.
 
@@ -78,36 +89,60 @@ class Parted:
     def __init__(self, model: nn.Module, plan: Plan, attached: TrunkAttached) -> None:
         pruned = _Pruned(model, plan)
         self._pairs = pruned.pairs
-        self._children = pruned.children
+        self._direct = [pair for pair in pruned.pairs if any(vars(pair[1])[kind] for kind in _DIRECT)]
+        self._known = [_NOTHING] * len(pruned.pairs)
+        children: dict[int, tuple[nn.Module, dict[str, nn.Module]]] = {}
+        for original, name, child in pruned.children:
+            children.setdefault(id(original), (original, {}))[1][name] = child
+        self._children = [(original, list(named), list(named.values())) for original, named in children.values()]
         self.trunk = Trunk(pruned.root, plan)
         self.attached = attached
 
     def is_current(self) -> bool:
         """Whether the modules of the trunk are the same as when it was parted."""
-        return all(vars(original)["_modules"].get(name) is child for original, name, child in self._children)
+        for original, names, children in self._children:
+            if not all(map(is_, map(vars(original)["_modules"].get, names), children)):
+                return False
+        return True
 
     def take_over(self, written: AbstractSet[tuple[int, str]]) -> None:
         """Give the copies of the ancestors the attributes that these have now, but for those that a forward sets."""
-        for original, copied in self._pairs:
-            number = id(original)
-            theirs = vars(original).copy()
-            for name in _INNER & theirs.keys():
-                del theirs[name]
-            mine = vars(copied)
-            for name in [name for name in theirs if (number, name) in written] if written else ():
-                if name in mine:
-                    theirs[name] = mine[name]  # as it was before a forward set it, so that the rows keep their name
-                else:
-                    del theirs[name]
-            mine.update(theirs)
-            for kind in ("_parameters", "_buffers"):
-                for name in mine[kind]:  # those of an ancestor that feed the cut may have been exchanged
-                    mine[kind][name] = vars(original)[kind].get(name)
-            if len(mine) > len(theirs) + len(_BARE):
-                for name in mine.keys() - theirs.keys() - _INNER:
-                    del mine[name]
+        for original, copied in self._direct:
+            for kind in _DIRECT:
+                mine = vars(copied)[kind]
+                for name in mine:  # those of an ancestor that feed the cut may have been exchanged
+                    mine[name] = vars(original)[kind].get(name)
+        for place, (original, copied) in enumerate(self._pairs):
+            if written or not _same_fields(vars(original), vars(copied), self._known[place]):
+                self._known[place] = _take_over(original, copied, written)
 
 
+def _same_fields(theirs: dict[str, Any], mine: dict[str, Any], known: _Fields) -> bool:
+    """Whether these are the names still, and what was given is the very same."""
+    return list(theirs) == known.names and all(
+        map(is_, map(theirs.__getitem__, known.given), map(mine.__getitem__, known.given))
+    )
+
+
+def _take_over(original: nn.Module, copied: nn.Module, written: AbstractSet[tuple[int, str]]) -> _Fields:
+    """Give a copy the attributes of its original."""
+    number, mine, theirs = id(original), vars(copied), vars(original).copy()
+    names = list(theirs)
+    for name in _INNER & theirs.keys():
+        del theirs[name]
+    for name in [name for name in theirs if (number, name) in written] if written else ():
+        if name in mine:
+            theirs[name] = mine[name]  # as it was before a forward set it, so that the rows keep their name
+        else:
+            del theirs[name]
+    mine.update(theirs)
+    if len(mine) > len(theirs) + len(_BARE):
+        for name in mine.keys() - theirs.keys() - _INNER:
+            del mine[name]
+    return _NOTHING if written else _Fields(names, list(theirs))
+
+
+_DIRECT = ("_parameters", "_buffers")
 _BARE = frozenset(vars(nn.Module()))
 _INNER = _BARE | {"_modcache", "forward"}
 
