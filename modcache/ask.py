@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,14 +91,9 @@ def keyed_of(memo: Memo, batch: Batch, arguments: Arguments, given: Given | None
             )
         return extractor(arguments.bound(), batch)
     except NoContentError as error:
-        raise _no_key(error) from None
-
-
-def _no_key(error: NoContentError) -> Bypass:
-    return Bypass(
-        "no key",
-        f"{error}; it runs uncached. Give that type a key with register_key_extractor, or pass cache_keys=.",
-    )
+        given_helps = given is None and memo.options.per_row
+        remedy = "Give that type a key with register_key_extractor" + (", or pass cache_keys=." if given_helps else ".")
+        raise Bypass("no key", f"{error}; it runs uncached. {remedy}") from None
 
 
 def home_of(site: Site, batch: Batch) -> torch.device:
@@ -155,15 +150,25 @@ def explained(
     arguments: Arguments,
     given: Given | None,
     namespaces: Mapping[str, Mapping[str, bytes]],
+    nearest: Sequence[str] | None,
 ) -> list[Explanation]:
-    """Why each row of a call would hit or miss."""
+    """Why each row of a call would hit or miss.
+
+    Args:
+        memo: what the calls of the module share.
+        namespace: of the module as it is now.
+        arguments: of the call.
+        given: keys that the caller gave.
+        namespaces: the named parts of those that the module had.
+        nearest: in what the most similar namespace of another module of its class differs, if the store has one.
+    """
     batch, keyed = keys_of(memo, arguments, given)
     form = form_of(batch, keyed)
     refuse_blocked(memo, form)
     if torch.is_grad_enabled():
         refuse_grad(arguments)
     found = memo.contains(namespace, keyed.keys)
-    answers = memo.memory.explain(namespace, keyed, shared_digests(batch), found, namespaces)
+    answers = memo.memory.explain(namespace, keyed, shared_digests(batch), found, namespaces, nearest)
     if memo.findings.passed(namespace, form) is not None or len(set(keyed.keys)) < 2:
         return answers
     why = "stored, but batches of this form are not checked yet: the first one is run as a whole"

@@ -260,6 +260,13 @@ class Attached:
         self.namespace(module)
         return self._naming.parts()
 
+    def nearest(self, module: nn.Module) -> tuple[str, ...] | None:
+        """In what the most similar namespace that the store describes differs, if there is one of this class."""
+        if not self.memo.word.lasts:
+            return None
+        known = self.identity.fingerprint(module)
+        return self.memo.word.nearest(self._facts(module, self.namespace(module), known, context()))
+
     def manifest(self, module: nn.Module) -> dict[str, Any]:
         """The readable description of the namespace."""
         name = self.namespace(module)

@@ -88,17 +88,22 @@ class Memory:
         shared: tuple[tuple[str, bytes], ...],
         found: Sequence[bool],
         namespaces: Mapping[str, Mapping[str, bytes]],
+        nearest: Sequence[str] | None = None,
     ) -> list[Explanation]:
-        """One explanation per row of a call."""
+        """One explanation per row of a call (the arguments are those of `ask.explained`)."""
         with self._lock:
             calls = tuple(self._calls)
         asked = _Call(namespace, keyed.metas, shared, keyed.keys, _part_digests(keyed))
         known = dict(row for call in calls for row in call.rows())
         near = _Near(asked, calls)
+        elsewhere = ""
+        if nearest is not None:
+            told = ", ".join(nearest) or "nothing that is told in the manifests"
+            elsewhere = f"; the store has rows of this class under another fingerprint; what differs: {told}"
         return [
             Explanation(place, True, "stored in this namespace")
             if found[place]
-            else Explanation(place, False, _why(own, known.get(key), near, namespaces))
+            else Explanation(place, False, _why(own, known.get(key), near, namespaces, elsewhere))
             for place, (key, own) in enumerate(asked.rows())
         ]
 
@@ -151,10 +156,12 @@ def _plain_digests(part: Part) -> list[bytes] | None:
         return None
 
 
-def _why(own: _Known, twin: _Known | None, near: _Near, namespaces: Mapping[str, Mapping[str, bytes]]) -> str:
+def _why(
+    own: _Known, twin: _Known | None, near: _Near, namespaces: Mapping[str, Mapping[str, bytes]], elsewhere: str
+) -> str:
     nearest = near.nearest(own)
     if nearest is None:
-        return "nothing was stored by this module yet"
+        return f"nothing was stored by this module yet{elsewhere}"
     if twin is not None and twin.namespace != own.namespace:
         parts = differing_parts(namespaces.get(own.namespace, {}), namespaces.get(twin.namespace, {}))
         return f"its input is known, but under another state or context: {', '.join(parts) or 'not digested'}"

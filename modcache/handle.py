@@ -101,7 +101,8 @@ class Cache:
             self._attached.refuse(self._module, torch.is_grad_enabled())
             namespace = self._attached.namespace(self._module)
             arguments, given = self._attached.asked(self._module, args, kwargs)
-            return explained(memo, namespace, arguments, given, self._attached.parts(self._module))
+            parts, nearest = self._attached.parts(self._module), self._attached.nearest(self._module)
+            return explained(memo, namespace, arguments, given, parts, nearest)
         except Bypass as reason:
             why = f"the call is bypassed ({reason.reason}): {reason.advice or 'it is run as if uncached'}"
             return [Explanation(place, False, why) for place in range(row_count(memo.options, args, kwargs))]

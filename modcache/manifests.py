@@ -134,12 +134,20 @@ class Word:
         else:
             self._store.describe(namespace, {"checked": own})
 
+    def nearest(self, facts: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """In what the most similar description of the same class of module differs; ``None`` if there is none."""
+        manifests = {} if self._store is None else self._store.manifests()
+        others = [
+            differences(facts, other)
+            for namespace, other in manifests.items()
+            if other.get("class") == facts["class"] and namespace != facts["namespace"]
+        ]
+        return min(others, key=len) if others else None
+
     def _explain_itself(self, facts: Mapping[str, Any]) -> None:
         """Say in the log why rows are computed although the same class of module has rows here."""
-        assert self._store is not None
-        others = [other for other in self._store.manifests().values() if other.get("class") == facts["class"]]
-        if others:
-            nearest = min((differences(facts, other) for other in others), key=len)
+        nearest = self.nearest(facts)
+        if nearest is not None:
             log.info(
                 "%s: the store has rows of this class under another fingerprint; what differs: %s",
                 self._name,

@@ -262,12 +262,19 @@ def test_objects_as_key_functions():
     assert len(set(keys_of(Callable(), x=["ab", "ac", "bc"]))) == 2
 
 
+def test_classes_as_key_functions():
+    """What makes a key of a row may be a class, of Python's own or of the user's."""
+    assert keys_of(str, x=["ab", "ac", "ab"]) == keys_of(str, x=["ab", "ac", "ab"])
+    assert len(set(keys_of(len, x=["ab", "ac", "a"]))) == 2
+    assert len(set(keys_of(tuple, x=["ab", "ac", "ab"]))) == 2
+
+
 @pytest.mark.parametrize(
     ("key", "error", "message"),
     [
         ("texts", UsageError, "key must be one of 'text', 'path', 'tensor', 'tokens', .*; found 'texts'"),
         (7, UsageTypeError, "key must be a name, an extractor .*; found 7"),
-        (str, UsageTypeError, "key must be a name, an extractor .*; found <class 'str'>"),
+        (Extractor, UsageTypeError, "key must be a name, an extractor .*; found <class .*Extractor'>"),
     ],
     ids=["name", "number", "class"],
 )

@@ -201,6 +201,19 @@ def test_a_surprise_explains_itself(caplog):
     assert "weights" in line
 
 
+def test_explain_tells_of_the_same_surprise():
+    """A module that has stored nothing yet is told in what the rows of its class in the store are other ones."""
+    store = Keeping()
+    cached_module(encoder(0), freeze=True, store=store)(BATCH)
+    other = cached_module(encoder(1), freeze=True, store=anew(store))
+    (answer, *_) = cache_of(other).explain(BATCH)
+    assert not answer.hit
+    assert "this class under another fingerprint; what differs: weights" in answer.reason
+    other(BATCH)
+    (answer, *_) = cache_of(other).explain(BATCH + 1)
+    assert "fingerprint" not in answer.reason
+
+
 def test_a_manifest_keeps_no_module_alive():
     """What is ready to be told does not hold the module."""
     cached = cached_module(encoder(), freeze=True, store=Keeping())

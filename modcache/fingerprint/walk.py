@@ -123,6 +123,7 @@ class _Walker:
         for name, contents in seen.reached.items():
             self._parts[name] = digest(b"".join(sorted(contents)))
         self._tie()
+        self._flags()
         return Walk(
             modules=self._modules,
             parts=self._parts,
@@ -185,6 +186,12 @@ class _Walker:
             if first != name:
                 self._tied.append((name, first))
         self._parts["tied weights"] = digest(encode(sorted(self._tied)))
+
+    def _flags(self) -> None:
+        """Code of the user's own may read the training flag of a layer that does the same in both modes."""
+        training = sorted(name for name, module in self._modules.items() if module.training)
+        if training and not all(of_library(original_class(module).__module__) for module in self._modules.values()):
+            self._parts["in training mode"] = digest(encode(training))
 
     # --- facts ---
 

@@ -293,6 +293,6 @@ def extractor_of(key: object) -> Extractor:
             names = ", ".join(map(repr, _NAMED))
             raise UsageError(f"key must be one of {names}, an extractor or a function of a row; found {key!r}")
         return _NAMED[key]()
-    if callable(key) and not isinstance(key, type):
+    if callable(key) and not (isinstance(key, type) and issubclass(key, Extractor)):
         return _Custom(key)
     raise UsageTypeError(f"key must be a name, an extractor from modcache.keys or a function of a row; found {key!r}")
