@@ -1301,6 +1301,26 @@ def test_installed_code_is_followed_from_forward_only(monkeypatch):
     assert found().digest != before.digest
 
 
+class Settings(collections.OrderedDict):
+    """Like the configuration of a diffusers model: items that are attributes, too."""
+
+    def __init__(self, **items):
+        super().__init__(**items)
+        vars(self).update(items)
+
+
+def test_the_folder_that_settings_came_from_is_no_content():
+    """Also where the settings are items of a mapping made for them; in a plain dict, any item counts."""
+    digests = {}
+    for kind in (Settings, dict):
+        for folder, rate in (("a", 1), ("b", 1), ("b", 2)):
+            module = frozen(nn.Identity())
+            module.config = kind(_name_or_path=folder, _diffusers_version=folder, rate=rate)
+            digests[kind, folder, rate] = Followed(module).identity.fingerprint(module).digest
+    assert digests[Settings, "a", 1] == digests[Settings, "b", 1]
+    assert len(set(digests.values())) == 5
+
+
 NOTING = """
 import torch
 class Model(torch.nn.Module):

@@ -34,7 +34,9 @@ _ITEMS = 1 << 12  # of one container; one of more is read in bulk if it can be
 _OBJECTS = 1 << 12  # reached from one attribute; the others count by class
 
 # Where a model came from is not what it is: moving a folder must not empty a cache.
-ORIGIN_NAMES = frozenset({"_name_or_path", "name_or_path", "transformers_version", "_commit_hash"})
+ORIGIN_NAMES = frozenset(
+    {"_name_or_path", "name_or_path", "transformers_version", "_diffusers_version", "_commit_hash"}
+)
 
 _OPAQUE_BASES = frozenset(
     {"PreTrainedTokenizerBase", "ProcessorMixin", "FeatureExtractionMixin", "ImageProcessingMixin", "Logger"}
@@ -244,8 +246,11 @@ class ValueReader:
         elif isinstance(value, types.MappingProxyType):
             for view in (value.keys(), value.values()):
                 self.seen.sequences[id(view)] = view
+        origins = frozenset() if of_library(type(value).__module__) else ORIGIN_NAMES  # of a class made for settings
         inside = self._in_bulk(value) or b"".join(
-            self.value(key, f"{path} key") + self.value(item, f"{path}[{key!r:.40}]") for key, item in value.items()
+            self.value(key, f"{path} key") + self.value(item, f"{path}[{key!r:.40}]")
+            for key, item in value.items()
+            if not (isinstance(key, str) and key in origins)
         )
         return frame(b"mapping", self._kind(type(value)) + inside + self._beside(value, path))
 
