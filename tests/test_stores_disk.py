@@ -187,7 +187,7 @@ def test_few_files_are_open(tmp_path, monkeypatch):
 def _initialise(files, most):
     from collections import OrderedDict
 
-    files._most, files._files = most, OrderedDict()
+    files.most, files._files = most, OrderedDict()
 
 
 def test_small_batches_join(tmp_path):

@@ -16,16 +16,16 @@ _MOST: Final = 128  # of the 1024 that a process mostly may open; layouts by tok
 class Descriptors:
     """Open files by name; the one that was not used for longest is closed for a new one.
 
-    Not safe in threads: a descriptor that was got is right until the next one is.
+    Not safe in threads: a descriptor that was got is right until as many others were.
     """
 
     def __init__(self, most: int = _MOST) -> None:
-        self._most = most
+        self.most = most
         self._files: OrderedDict[Hashable, int] = OrderedDict()
 
     def known(self, name: Hashable) -> int | None:
         """The descriptor of a file if it is open; it counts as use only where files are about to be closed."""
-        if len(self._files) * 2 > self._most and name in self._files:
+        if len(self._files) * 2 > self.most and name in self._files:
             self._files.move_to_end(name)
         return self._files.get(name)
 
@@ -33,7 +33,7 @@ class Descriptors:
         """The descriptor of a file, which is opened if it is not open."""
         file = self._files.get(name)
         if file is None:
-            while len(self._files) >= self._most:
+            while len(self._files) >= self.most:
                 self.drop(next(iter(self._files)))
             file = self._files[name] = open_file()
         else:

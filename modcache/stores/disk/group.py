@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,29 +14,24 @@ import numpy.typing as npt
 from ...digest import checksum
 from ...rows import Rows, tensor_of
 from ..index import Places
-from .frames import ROWS_HEAD_BYTES, DamageError
-from .segment import Segment, read_into
+from .gathering import read_rows
+from .rowfiles import LostError, RowFiles, is_whole, opened
 from .window import ROW_BITS, Grid
 
 if TYPE_CHECKING:
     from ...rows import Layout
     from .descriptors import Descriptors
     from .directory import Directory
+    from .segment import Segment
 
-__all__ = ["ROW_BITS", "Group", "LostError", "Taken"]
+__all__ = ["Group", "Taken"]
 
 _ROW_MASK: Final = (1 << ROW_BITS) - 1
 _LARGE: Final = 64 << 10  # bytes of a row from which on reading is as quick as mapping, and cannot kill the process
-_RUN: Final = 1 << 20  # bytes that are read at once: what is still in the cache when it is checked
-_MOST_PARTS: Final = 512  # of one read
 _LINKED: Final = 0.005  # seconds for which a file that was not unlinked counts as not unlinked
 _FEW: Final = 8  # segments that are looked at sooner than it is found out which of them are meant
 
 _Matrix = npt.NDArray[np.uint8]
-
-
-class LostError(Exception):
-    """Segments are gone, or shorter than their rows; the first argument has their numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +91,10 @@ class Group:
             assert self.grid.rows is not None
             matrix = self.grid.rows.take(at, axis=0)
             return Taken(self._rows_of(matrix), self._check(matrix, at))
-        files = _Files(used, directory, descriptors)
-        if len(self._edges) > 2 and self._row_bytes >= _LARGE:
-            return self._read_leaves(files, places, at)
-        matrix, wrong = self._read(files, places, at)
-        return Taken(self._rows_of(matrix), wrong)
+        # Large rows of several leaves go straight to where their leaves stand together.
+        sizes = np.diff(self._edges).tolist() if self._row_bytes >= _LARGE else [self._row_bytes]
+        columns, wrong = self._read(RowFiles(used, directory, descriptors), places, at, sizes)
+        return Taken(self._rows_of(columns[0]) if len(columns) == 1 else self._tensors_of(columns), wrong)
 
     def _used(self, places: Places) -> list[Segment]:
         """The segments that are meant, and perhaps some others."""
@@ -118,7 +110,7 @@ class Group:
         lost = [
             segment.number
             for segment in used
-            if segment.committed and not _is_whole(segment, directory, descriptors, linked=linked)
+            if segment.committed and not is_whole(segment, directory, descriptors, linked=linked)
         ]
         if not linked:
             self._linked_until = now + _LINKED
@@ -150,7 +142,8 @@ class Group:
             assert self.grid.rows is not None
             matrix = self.grid.rows.take(at, axis=0)
             return matrix, self._check(matrix, at)
-        return self._read(_Files(used, directory, descriptors), places, at)
+        (matrix,), wrong = self._read(RowFiles(used, directory, descriptors), places, at, [self._row_bytes])
+        return matrix, wrong
 
     # --- files ----------------------------------------------------------------------------------------
 
@@ -161,45 +154,15 @@ class Group:
             or self.grid.map(
                 segment.number,
                 segment.committed,
-                _open(segment, directory, descriptors),
+                opened(segment, directory, descriptors),
             )
             for segment in used
         )
 
-    def _read(self, files: _Files, places: Places, at: Places) -> tuple[_Matrix, Places]:
-        matrix, size = np.empty((len(places), self._row_bytes), np.uint8), self._row_bytes
-        flat = memoryview(matrix.data).cast("B") if size else memoryview(b"")
-        todo, sums = self._unchecked(at), []
-        unchecked = frozenset(todo.tolist())
-        for first, last in _runs(places, max(1, _RUN // size) if size else len(places)):
-            number, row = divmod(int(places[first]), 1 << ROW_BITS)
-            if size and not read_into(files[number], ROWS_HEAD_BYTES + row * size, [flat[first * size : last * size]]):
-                raise LostError([number])
-            # Right here, where the rows are in the cache.
-            sums += [checksum(flat[i * size : (i + 1) * size]) for i in range(first, last) if i in unchecked]
-        return matrix, self._wrong(at, todo, sums)
-
-    def _read_leaves(self, files: _Files, places: Places, at: Places) -> Taken:
-        """Large rows of several leaves go straight to where their leaves stand together."""
-        sizes = np.diff(self._edges).tolist()
-        columns = [np.empty((len(places), size), np.uint8) for size in sizes]
-        filled = [
-            (memoryview(column.data).cast("B"), size) for column, size in zip(columns, sizes, strict=True) if size
-        ]
-        todo, sums = self._unchecked(at), []
-        unchecked = frozenset(todo.tolist())
-        for i, place in enumerate(places.tolist()):
-            number, row = divmod(place, 1 << ROW_BITS)
-            views = [flat[i * size : (i + 1) * size] for flat, size in filled]
-            offset, file = ROWS_HEAD_BYTES + row * self._row_bytes, files[number]
-            for start in range(0, len(views), _MOST_PARTS):
-                part = views[start : start + _MOST_PARTS]
-                if not read_into(file, offset, part):
-                    raise LostError([number])
-                offset += sum(view.nbytes for view in part)
-            if i in unchecked:
-                sums.append(checksum(b"".join(views)))
-        return Taken(self._tensors_of(columns), self._wrong(at, todo, sums))
+    def _read(self, files: RowFiles, places: Places, at: Places, sizes: Sequence[int]) -> tuple[list[_Matrix], Places]:
+        todo = self._unchecked(at)
+        columns, sums = read_rows(files, places, sizes, todo)
+        return columns, self._wrong(at, todo, sums)
 
     # --- checksums ------------------------------------------------------------------------------------
 
@@ -239,53 +202,3 @@ class Group:
 
 
 _NONE: Final[Places] = np.empty(0, np.int64)
-
-
-class _Files:
-    """Descriptors of the rows of some segments, by number."""
-
-    def __init__(self, used: list[Segment], directory: Directory, descriptors: Descriptors) -> None:
-        self._used = {segment.number: segment for segment in used}
-        self._directory, self._descriptors = directory, descriptors
-        self._last = -1, -1  # the number, and the descriptor, which is right until another one is got
-
-    def __getitem__(self, number: int) -> int:
-        if number != self._last[0]:
-            try:
-                self._last = number, _open(self._used[number], self._directory, self._descriptors)
-            except (OSError, DamageError):
-                raise LostError([number]) from None
-        return self._last[1]
-
-
-def _is_whole(segment: Segment, directory: Directory, descriptors: Descriptors, *, linked: bool) -> bool:
-    """Whether the committed rows of a segment may be touched: a page beyond the end of its file kills the process.
-
-    Args:
-        linked: nobody needs to look whether the file was unlinked, which takes four times as long.
-    """
-    try:
-        file = descriptors.known(segment)
-        if file is None:
-            file = _open(segment, directory, descriptors)
-        elif linked:
-            return os.lseek(file, 0, os.SEEK_END) >= segment.file_bytes
-        found = os.fstat(file)
-    except (OSError, DamageError):
-        return False
-    return found.st_nlink > 0 and found.st_size >= segment.file_bytes
-
-
-def _open(segment: Segment, directory: Directory, descriptors: Descriptors) -> int:
-    return descriptors.get(segment, functools.partial(segment.open_rows, directory))
-
-
-def _runs(places: Places, most: int) -> list[tuple[int, int]]:
-    """Where rows stand one behind the other in their file, at most so many in one run.
-
-    >>> _runs(np.array([4, 5, 6, 9, 3]), 2)
-    [(0, 2), (2, 3), (3, 4), (4, 5)]
-    """
-    breaks = np.flatnonzero(np.diff(places) != 1) + 1
-    edges = [0, *breaks.tolist(), len(places)]
-    return [(start, min(start + most, b)) for a, b in itertools.pairwise(edges) for start in range(a, b, most)]

@@ -15,11 +15,13 @@ from ..protocol import Found
 from .descriptors import Descriptors
 from .directory import Directory
 from .frames import DROPPED, ROWS, SEGMENT_ID_BYTES, DamageError, Frame
-from .group import ROW_BITS, Group, LostError, Taken
+from .group import Group, Taken
 from .names import SegmentName, folder_of
+from .rowfiles import LostError
 from .segment import Segment, check_rows, read_header
 from .statements import Statements
 from .tails import damage_behind, is_cut_off
+from .window import ROW_BITS
 
 __all__ = ["Reading"]
 
