@@ -15,7 +15,7 @@ from ..batch import Batch, Column
 from ..digest import KEY_SCHEME, digest, encode, frame, seed_of
 from ..row_digests import row_digests, tensor_row_digests
 from ..rows import bytes_of
-from ..tensors import NoContentError, is_ordinary, memory_of, settled
+from ..tensors import NoContentError, is_ordinary, is_plain, memory_of, plain_memory, settled
 from .files import path_key
 from .inside import files_key
 from .registry import encode_registered, has_extractor
@@ -74,6 +74,9 @@ class Values(NamedTuple):
         width = tensor.numel() // max(count, 1) * tensor.element_size()
         if not 0 < width <= _SMALL_ROW:
             return None
+        memory = plain_memory(tensor) if is_plain(tensor) else None
+        if memory is not None:
+            return np.frombuffer(memory, np.uint8).reshape(count, width)
         values = settled(tensor).contiguous()
         if values.data_ptr() != tensor.data_ptr():
             return bytes_of(values)
