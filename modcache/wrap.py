@@ -23,7 +23,7 @@ from .classes import (
 )
 from .errors import LayeredError, NotCachedError, UsageError, UsageTypeError
 from .fingerprint import first_in_training
-from .freezing import freeze_module, freeze_replaced, parameters_of, thaw
+from .freezing import Before, freeze_module, freeze_replaced, frozen_around, handed_over, parameters_of, thaw
 from .handle import Cache
 from .requested import CacheOptions, Requested, check_names, requested_of
 
@@ -245,8 +245,18 @@ def uncached(module: M) -> M:
     if hung.inside is not None:
         module.__dict__["forward"] = hung.inside
     if hung.before is not None:
-        thaw(module, hung.before)
+        _restore(module, hung.before)
     return module
+
+
+def _restore(module: nn.Module, before: Before) -> None:
+    """Put back what freezing changed; where a frozen cached module contains it, that is left to the outer one."""
+    for name, outer in frozen_around(module):
+        around = outer.__dict__.get(ATTACHED)
+        if isinstance(around, Attached) and around.before is not None:
+            around.before = handed_over(around.before, before, name)
+            return
+    thaw(module, before)
 
 
 def cache_of(module: nn.Module) -> Cache:

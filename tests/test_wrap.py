@@ -416,6 +416,22 @@ def test_a_failed_wrap_changes_nothing():
     assert layer.weight.requires_grad
 
 
+@pytest.mark.parametrize("order", ["inner first", "outer first"])
+def test_nested_frozen_modules_are_undone_in_any_order(order):
+    """What the outer one freezes stays frozen; in the end everything is as it was."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 3), nn.Dropout()), nn.Linear(3, 2))
+    model[0][0].bias.requires_grad_(False)
+    cached_module(model[0], freeze=True)
+    cached_module(model, freeze=True)
+    modules = [model[0], model] if order == "inner first" else [model, model[0]]
+    uncached(modules[0])
+    assert not any(parameter.requires_grad for parameter in model[0].parameters())
+    assert not model[0].training
+    uncached(modules[1])
+    assert [name for name, value in model.named_parameters() if not value.requires_grad] == ["0.0.bias"]
+    assert all(module.training for module in model.modules())
+
+
 def test_training_mode_is_warned_about_where_it_matters():
     """Layers that do the same in training are cached in it, and nothing is said; one that is random there is named."""
     layer = cached_module(nn.Sequential(nn.Linear(4, 2), nn.ReLU()).requires_grad_(False))
