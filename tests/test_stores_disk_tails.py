@@ -110,6 +110,18 @@ def test_damage_of_a_killed_writer(files):
         assert len(texts) == 1, place
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["log", "rows"])
+def test_damage_that_was_mended(files, which):
+    """Who misses no row hears of no damage, so that rows that were put anew are warned of no more."""
+    changed(files[which], lambda content: content[: len(content) - 20])
+    with quiet(1) as texts, DiskStore(files[0].parents[2]) as store:
+        assert len(have(store, NAMESPACE, range(6))) == 6
+        assert len(have(store, NAMESPACE, range(9))) == 6
+        put(store, NAMESPACE, range(6, 9))
+    assert len(texts) == 1
+    assert found(files[0]) == (9, [])
+
+
 def test_a_writer_at_work(files):
     """As long as a writer lives, what is not right may become so, and nobody is warned."""
     log, _ = files

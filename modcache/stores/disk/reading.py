@@ -45,6 +45,7 @@ class Reading:
         self.folder = folder_of(namespace)
         self.troubles: list[tuple[str, str]] = []  # what a user should hear of
         self.latest = 0  # stamp that was seen
+        self._damages: list[str] = []  # of segments; nobody need hear of them as long as no row is missed
         self._directory = directory
         self._descriptors = descriptors
         self._mapped = mapped
@@ -79,6 +80,9 @@ class Reading:
         places, complete = self._said.locate(keys)
         if not complete and self.refresh():
             places, complete = self._said.locate(keys)
+        if not complete and self._damages:
+            self.troubles += [("damaged segment", text) for text in self._damages]
+            self._damages = []
         for _ in range(_TRIES):
             found = self._found(keys, places, complete)
             if found is not None:
@@ -280,8 +284,7 @@ class Reading:
             return False
         except DamageError as error:
             self._odd[name] = looks
-            text = f"a segment of namespace {self.namespace!r} is passed over: {error} ({name.log})"
-            self.troubles.append(("damaged segment", text))
+            self._damages.append(f"a segment of namespace {self.namespace!r} is passed over: {error} ({name.log})")
             return False
         self._add(name, header.segment, header.layout).begin_log(end)
         return True
@@ -311,7 +314,7 @@ class Reading:
             return True
         if damage is not None:
             text = f"rows of namespace {self.namespace!r} count as missing: {damage} ({segment.name.log})"
-            self.troubles.append(("damaged segment", text))
+            self._damages.append(text)
         return changed
 
     def _take_in(self, segment: Segment, frames: list[Frame]) -> None:
