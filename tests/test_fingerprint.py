@@ -1301,6 +1301,55 @@ def test_installed_code_is_followed_from_forward_only(monkeypatch):
     assert found().digest != before.digest
 
 
+LOADING = """
+SESSION = "a"
+SCALE = 2
+class Auto:
+    @classmethod
+    def from_pretrained(cls): return cls.download()
+    @classmethod
+    def download(cls): return SESSION
+def scaled(x): return x * SCALE
+"""
+OWN = """
+import torch
+from installed_models import Auto, scaled
+WIDTH, RATE = 2, 1
+def load(): return Auto.from_pretrained()
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        Auto.from_pretrained()
+        self._build()
+    def _build(self):
+        load()
+        self.layer = torch.nn.Linear(2, WIDTH)
+    def forward(self, x): return getattr(self, "_in" + "ner")(self.scaled(x))
+    def _inner(self, x): return x * RATE
+    def scaled(self, x): return scaled(x)
+"""
+
+
+def test_what_builds_a_module_is_not_followed_into_installed_code(monkeypatch):
+    """Loading a checkpoint reads what differs from process to process; what came of it is in the module.
+
+    The user's own code counts wherever a method leads, also one that nothing calls by its name.
+    """
+    library = installed_module(monkeypatch, LOADING)
+    own = types.ModuleType("own_models")
+    monkeypatch.setitem(sys.modules, "own_models", own)
+    exec(OWN, vars(own))
+    followed = Followed(frozen(own.Model()))
+    before, digest = followed.state(), followed.identity.fingerprint(followed.module).digest
+    library.SESSION = "b"
+    assert followed.states() == {before}
+    assert Followed(followed.module).identity.fingerprint(followed.module).digest == digest
+    for namespace, name in ((library, "SCALE"), (own, "RATE"), (own, "WIDTH")):
+        before = followed.state()
+        setattr(namespace, name, 7)
+        assert followed.states() != {before}, name
+
+
 class Settings(collections.OrderedDict):
     """Like the configuration of a diffusers model: items that are attributes, too."""
 

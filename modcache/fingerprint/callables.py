@@ -24,6 +24,8 @@ def callable_digest(fn: object) -> tuple[bytes, tuple[str, ...]]:
     reader = Reader()
     content = reader.value(fn, "callable")
     seen = reader.finish()
+    while reader.look_aside():
+        seen = reader.finish()
     for name, module in seen.modules.items():
         content += encode(class_name(type(module)))
         seen.opaque[f"{name} ({class_name(type(module))})"] = module

@@ -43,7 +43,8 @@ class Reader(ValueReader):
         super().__init__(*known)
         self._reached: set[int] = set()
         self._queue: list[tuple[str, object]] = []
-        self._following = True
+        self._following = True  # else a class is read, whose functions are only gathered
+        self._aside = False
         self._met: list[types.FunctionType] = []
         self._called: set[str] = set(_CALLED_BY_TORCH)
         self._waiting: dict[str, list[types.FunctionType]] = {}
@@ -123,7 +124,10 @@ class Reader(ValueReader):
             self._met.append(fn)
             return b""
         names = names_in(fn.__code__)
-        self._call(names.used)
+        if not self._aside:
+            self._call(names.used)
+        elif installed(namespace):
+            return b""
         found = [self._global(namespace, name, names.used) for name in names.read if name in namespace]
         if names.imported and not installed(namespace):
             found += self._imported(namespace.get("__package__"), names.imported, names.used)
@@ -241,7 +245,7 @@ class Reader(ValueReader):
         kept = tuple(name for name in names if f"{class_name(cls)}.{name}" not in self._bookkeeping)
         if len(kept) < len(names):
             self.seen.busy[cls] = kept
-        self._following = not installed_class(cls)
+        self._following = False
         try:
             return b"".join(self._member(cls, name) for name in names)
         finally:
@@ -250,8 +254,8 @@ class Reader(ValueReader):
     def _member(self, cls: type, name: str) -> bytes:
         """One member of a class.
 
-        Methods of installed classes are many (downloading, saving), and what those read of their environment
-        differs from process to process. So their global names are followed only once something calls them.
+        Methods are many (building, downloading, saving), and what installed code reads of its environment for them
+        differs from process to process. So the global names of a method are followed only once something calls it.
         """
         self._met = []
         content = self.field(vars(cls)[name], name, f"{class_name(cls)}.{name}")
@@ -269,6 +273,18 @@ class Reader(ValueReader):
     def _call_now(self, name: str) -> None:
         for fn in self._waiting.pop(name, ()):
             self._queue.append((f"names in {fn.__module__}.{fn.__qualname__}", _NamesIn(fn)))
+
+    def look_aside(self) -> bool:
+        """Go on with methods of the user's own that nothing calls by its name; whether there are any.
+
+        A forward may reach them in another way, so all of the user's own code that they lead to counts, but no
+        installed code: mostly they build the module, and what came of it is there to be read.
+        """
+        rest = [fn for waiting in self._waiting.values() for fn in waiting if not installed(fn.__globals__)]
+        self._waiting.clear()
+        self._aside = True
+        self._queue += [(f"names in {fn.__module__}.{fn.__qualname__}", _NamesIn(fn)) for fn in rest]
+        return bool(rest)
 
     def finish(self) -> Seen:
         """Read what was reached by name, until nothing new is reached."""

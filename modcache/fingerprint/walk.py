@@ -108,14 +108,14 @@ class _Walker:
         for name, value in self._also.items():
             self._parts[name] = digest(reader.value(value, name))
         done = 0
-        while done < len(self._modules):  # a read may meet modules that are not registered
+        while True:
             for name, found in list(self._modules.items())[done:]:
                 self._read(reader, name, found)
                 done += 1
             seen = reader.finish()
-            for name, found in list(seen.modules.items()):
-                if name not in self._modules:
-                    self._register(found, name)
+            new = self._register_all(seen.modules)  # a read may meet modules that are not registered
+            if not new and not reader.look_aside():
+                break
         reader.seen.tensors = dict(seen.tensors.items())
         for name, tensor in seen.tensors.items():
             self._tensor(tensor, name)
@@ -140,6 +140,13 @@ class _Walker:
         )
 
     # --- registered modules and tensors ---
+
+    def _register_all(self, modules: Mapping[str, nn.Module]) -> int:
+        """Modules that something refers to by another way than its children; how many were not known."""
+        new = {name: module for name, module in modules.items() if name not in self._modules}
+        for name, module in new.items():
+            self._register(module, name)
+        return len(new)
 
     def _register(self, module: nn.Module, name: str) -> None:
         self._names[id(module)] = name
