@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
-
 import torch
 
 from ..arguments import Arguments
@@ -12,37 +9,18 @@ from ..errors import CutError
 from ..keys.tokens import find_tokens
 from .alike import difference
 from .axes import from_rows, to_rows
-from .captures import Found, value_in
+from .captures import value_in
 from .kinds import Asked, with_values
 from .origins import Origin
 from .plan import Plan
 from .sampling import value_at
-from .trees import Step, mapped
+from .trees import mapped
+from .trials import Trials
 
-__all__ = ["Runs", "refuse_padding"]
-
-
-class Runs(Protocol):
-    """The ways to run a model that the proof needs."""
-
-    def full(self, arguments: Arguments) -> Any:
-        """The model as it is."""
-
-    def captured(self, arguments: Arguments) -> Found:
-        """What comes before the cut."""
-
-    def resumed(
-        self,
-        plan: Plan,
-        found: Found,
-        arguments: Arguments,
-        values: Mapping[Step, torch.Tensor],
-        extras: Mapping[Origin, torch.Tensor],
-    ) -> Any:
-        """What comes after it, with these values."""
+__all__ = ["refuse_padding"]
 
 
-def refuse_padding(runs: Runs, plan: Plan, asked: Asked, batch: Arguments, count: int) -> None:
+def refuse_padding(trials: Trials, plan: Plan, asked: Asked, batch: Arguments, count: int) -> None:
     """Is the result the same when the trunk gives zeros at masked positions?
 
     Raises:
@@ -59,7 +37,7 @@ def refuse_padding(runs: Runs, plan: Plan, asked: Asked, batch: Arguments, count
     mask = values[tokens.mask]
     values[tokens.mask] = torch.where(kept.to(mask.device), mask, torch.zeros_like(mask))
     arguments = with_values(batch, values)
-    output, found = runs.full(arguments), runs.captured(arguments)
+    output, found = trials.full(arguments), trials.captured(arguments)
     tensors = {}
     for stored in plan.stored:
         value = value_in(found, stored.source).detach().clone()
@@ -71,7 +49,7 @@ def refuse_padding(runs: Runs, plan: Plan, asked: Asked, batch: Arguments, count
         tensors[stored.source] = value
     crossing = {source: value for source, value in tensors.items() if not isinstance(source, Origin)}
     extras = {source: value for source, value in tensors.items() if isinstance(source, Origin)}
-    again = runs.resumed(plan, found, arguments, crossing, extras)
+    again = trials.resumed(plan, found, arguments, crossing, extras)
 
     def seen(leaf: torch.Tensor) -> torch.Tensor:
         per_token = leaf.dim() > 1 and leaf.shape[:2] == kept.shape

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,30 +12,27 @@ from torch import nn
 from ..arguments import Arguments
 from ..batch import tensors_in
 from ..errors import CutError
-from ..selfcheck import preserved_randomness
 from .alike import difference
 from .axes import floor_of, rows_agree
 from .branches import Branch, Branches
-from .captures import Found, capture, not_reached, refuse_other_structures, rows_of_capture
-from .ghosts import Ghost, unwrapped
-from .kinds import Asked, owned
+from .captures import Found, refuse_other_structures, rows_of_capture
+from .kinds import Asked
 from .origins import Origin
 from .padding import refuse_padding
 from .plan import Asking, Plan
 from .planning import Evidence, plan_of
-from .runs import Capture, Reached, Resume
+from .runs import Resume
 from .sampling import distinct_rows, value_at
-from .shadow import Shadow, running
+from .shadow import Shadow
 from .spoiling import refuse_kept
 from .stashes import Stashes
 from .tags import Tags
 from .trace import Mark, Trace
 from .trees import Step, located, mapped
-from .untouched import seed, untouched
+from .trials import Trials
+from .untouched import untouched
 
 __all__ = ["probe"]
-
-# --- the probe ------------------------------------------------------------------------------------------
 
 
 class _Probe:
@@ -51,8 +47,7 @@ class _Probe:
         asking: Asking,
         tokens: bool,
     ) -> None:
-        self.model, self.forward, self.shadow, self.asked = model, forward, shadow, asked
-        self.asking, self.tokens = asking, tokens
+        self.model, self.asked, self.asking, self.tokens = model, asked, asking, tokens
         self.at, self.call, self.extra = asking.at, asking.call, asking.extra
         self.places = distinct_rows(asked)
         self.count = len(self.places)
@@ -61,9 +56,7 @@ class _Probe:
                 f"{self.at}: all rows of the first batch are the same, which tells nothing about rows. Call the model "
                 "with two different rows first, or give recycle(..., batch=...) such a batch."
             )
-        self.branches = Branches()
-        self.seeds = itertools.count(1)
-        self.fires = False
+        self.trials = Trials(model, forward, shadow, self.at, self.call)
         self.trace = Trace()
         self.floor = 0.0
 
@@ -72,33 +65,21 @@ class _Probe:
             return self.asked.arguments
         return self.asked.arguments.taken(self.asked.batch, list(places))
 
-    def full(self, arguments: Arguments) -> Any:
-        with torch.inference_mode(False), torch.no_grad(), running(None), preserved_randomness():
-            given = owned(arguments)
-            return self.forward(self.model, *given.args, **given.kwargs)
-
-    def captured(self, arguments: Arguments, trace: Trace | None = None) -> Found:
-        run = Capture(self.call, trace=trace)
-        self.branches.trace = trace
-        with preserved_randomness():
-            seed(next(self.seeds))  # what draws random numbers shall give itself away
-            return capture(run, self.shadow, self.forward, arguments, self.at, self.branches)
-
     def run(self) -> tuple[Plan, frozenset[Branch]]:
         """The plan, and the ways that were looked at."""
         batch = self.taken(self.places)
         tags = Tags(leaf for _, value in self._leaves(batch) for _, leaf in located(value))
         try:
-            output = self.full(batch)
+            output = self.trials.full(batch)
         finally:
             tags.put_back()
         try:
             plan = self._parted(batch, output, tags)
             if self.tokens:
-                refuse_padding(self, plan, self.asked, batch, self.count)
+                refuse_padding(self.trials, plan, self.asked, batch, self.count)
             if self.asked.batch.size > self.count:
                 self._compare_sizes(plan)
-            return plan, frozenset(self.branches.new | self.branches.irrelevant(plan.inputs))
+            return plan, frozenset(self.trials.branches.new | self.trials.branches.irrelevant(plan.inputs))
         except (CutError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -114,19 +95,19 @@ class _Probe:
         rows = self.places
         if any(leaf.is_nested for _, leaf in located(output)):
             raise CutError(f"{self.at}: the model returns a nested tensor. Call uncached(model).")
-        self.full(batch)
+        self.trials.full(batch)
         tags.put_back()
         stashes = Stashes(self.model)
         trace, found = self._traced(batch)
-        tags.refuse(self.at, lambda: self.captured(batch))
+        tags.refuse(self.at, lambda: self.trials.captured(batch))
         stashes.refuse_tensors(trace, found.capture)
         others = []
         for places in (rows[::-1], rows[:1], rows[1:]):
-            others.append(self.captured(self.taken(places)))
+            others.append(self.trials.captured(self.taken(places)))
             stashes.note()
         captures = (found, *others)
         refuse_other_structures(captures)
-        ghostly = self._ghostly(found, batch)
+        ghostly = self.trials.ghostly(found, batch)
         if not ghostly:
             raise CutError(
                 f"{self.at}: nothing that it is given is computed by a module with parameters before it, so there is "
@@ -146,7 +127,7 @@ class _Probe:
             stored,
             marks,
             after,
-            self.fires,
+            self.trials.fires,
         )
         return plan_of(self.model, evidence)
 
@@ -160,7 +141,7 @@ class _Probe:
         for path, value in self._leaves(batch):
             trace.mark([leaf for _, leaf in located(value)], Mark("input", path), given=True)
         with trace:
-            found = self.captured(batch, trace)
+            found = self.trials.captured(batch, trace)
         self.floor = floor_of(trace.dtypes)
         for marks in trace.written:
             kinds = {mark.kind for mark in marks}
@@ -182,34 +163,13 @@ class _Probe:
     def _compare_sizes(self, plan: Plan) -> None:
         """Whether the rows come out among all of the first batch as they do among the few of the probe."""
         everything = self.asked.arguments.taken(self.asked.batch, range(self.asked.batch.size))
-        found = [rows_of_capture(plan, self.captured(given)) for given in (self.taken(self.places), everything)]
+        found = [rows_of_capture(plan, self.trials.captured(given)) for given in (self.taken(self.places), everything)]
         for stored, some, rows in zip(plan.per_row, *found, strict=True):
             if rows.shape[1:] != some.shape[1:] or not rows_agree(rows[self.places], some, plan.floor):
                 raise CutError(
                     f"{self.at}: {stored} comes out otherwise among {len(rows)} rows than among {len(some)}: rows "
                     "depend on each other, or on how many there are. Cut at an earlier submodule."
                 )
-
-    def _ghostly(self, found: Found, batch: Arguments) -> tuple[Step, ...]:
-        """The places among the arguments of the cut that only modules before it can fill."""
-        run = Resume(self.call, found.capture.templates, frozenset(), frozenset(), None, {})
-        with contextlib.suppress(Reached):
-            self._resumed(run, batch)
-        if run.error is not None:
-            raise run.error
-        return run.ghostly
-
-    def _resumed(self, run: Resume, arguments: Arguments) -> Any:
-        self.shadow.take_over(training=False)
-        run.branches = self.branches
-        with torch.inference_mode(False), torch.no_grad(), running(run), preserved_randomness():
-            run.watch()
-            try:
-                given = owned(arguments)
-                output = self.forward(self.shadow.root, *given.args, **given.kwargs)
-            finally:
-                run.unwatch()
-            return mapped(output, unwrapped, Ghost)
 
     def _learned(
         self,
@@ -222,31 +182,30 @@ class _Probe:
     ) -> tuple[list[Origin], frozenset[Mark], set[str]]:
         """Resume, and see which other outputs are needed; the result must be that of the whole model."""
         extras: dict[Origin, None] = {}
+        trials = self.trials
 
         def resume() -> Resume:
             values = {step: found.values[step].detach().clone() for step in ghostly}
             known = {called: mapped(output, torch.clone) for called, output in outputs.items()}
-            run = Resume(self.call, found.capture.templates, live, frozenset(), values, {}, known)
-            run.fires = self.fires
-            return run
+            return Resume(self.call, found.capture.templates, live, frozenset(), values, {}, known)
 
         outputs = found.capture.outputs if self.extra else {}
         while True:
             feeding = {(mark.name, mark.number) for mark in marks if mark.kind == "module"}
             live = frozenset(called for called in found.capture.templates if called not in feeding)
-            self.full(self.taken([self.places[0]] * self.count))  # what was hidden away in the first run is overwritten
+            trials.full(self.taken([self.places[0]] * self.count))  # what the first run hid away is overwritten
             run = resume()
             try:
-                again = self._finished(run, batch)
+                again = trials.finished(run, batch)
             except Exception:
-                if self.fires or not self.extra:
+                if trials.fires or not self.extra:
                     raise
-                self.fires = True
+                trials.fires = True
                 continue
             new = [origin for origin in run.needed if origin not in extras]
             extras.update(dict.fromkeys(new))
-            if not new and not self.fires and self.extra and difference(output, again, self.floor) is not None:
-                self.fires = True  # hooks of what is skipped may hand values on, as transformers' output_hidden_states
+            if not new and not trials.fires and self.extra and difference(output, again, self.floor) is not None:
+                trials.fires = True  # hooks of what is skipped may hand values on (transformers' output_hidden_states)
                 continue
             if not new:
                 break
@@ -264,41 +223,15 @@ class _Probe:
 
     def _differently(self, run: Resume, batch: Arguments, output: Any) -> str | None:
         """In what a resumed run gives something else, or fails; the ways that it takes are none that calls take."""
-        ways, self.branches = self.branches, Branches()
+        ways, self.trials.branches = self.trials.branches, Branches()
         try:
-            return difference(output, self._finished(run, batch), self.floor)
+            return difference(output, self.trials.finished(run, batch), self.floor)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         finally:
-            self.branches = ways
-
-    def resumed(
-        self,
-        plan: Plan,
-        found: Found,
-        arguments: Arguments,
-        values: Mapping[Step, torch.Tensor],
-        extras: Mapping[Origin, torch.Tensor],
-    ) -> Any:
-        """What comes after the cut, with these values."""
-        run = Resume(self.call, found.capture.templates, plan.live, frozenset(), values, extras)
-        run.fires = self.fires
-        return self._finished(run, arguments)
-
-    def _finished(self, run: Resume, batch: Arguments) -> Any:
-        try:
-            output = self._resumed(run, batch)
-        except Exception:
-            if run.error is not None:
-                raise run.error from None
-            raise
-        if run.error is not None:
-            raise run.error
-        if not run.reached:
-            raise not_reached(self.at, self.call, 0)
-        return output
+            self.trials.branches = ways
 
 
 def probe(
