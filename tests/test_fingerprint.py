@@ -1370,6 +1370,76 @@ def test_the_folder_that_settings_came_from_is_no_content():
     assert len(set(digests.values())) == 5
 
 
+def test_settings_of_timm_without_where_weights_came_from():
+    """The folder of a checkpoint is no content of a timm model; what its settings say of the input is."""
+    digests = {}
+    for file, mean in (("a", 0.5), ("b", 0.5), ("b", 0.4)):
+        module = frozen(nn.Identity())
+        module.pretrained_cfg = {"file": file, "url": file, "mean": (mean,) * 3}
+        module.default_cfg = module.pretrained_cfg
+        digests[file, mean] = Followed(module).identity.fingerprint(module).digest
+    assert digests["a", 0.5] == digests["b", 0.5] != digests["b", 0.4]
+
+
+REMOTE = """
+import torch
+RATE = 2
+def scaled(x): return x * RATE
+class Model(torch.nn.Module):
+    def forward(self, x): return scaled(x)
+"""
+
+
+def test_code_that_comes_with_a_model_goes_by_its_own_name(monkeypatch):
+    """Transformers imports such code under the name of the model's folder or commit, which says nothing of it."""
+    digests = []
+    for folder, source in (
+        ("one.abc", REMOTE),
+        ("two.def", REMOTE),
+        ("two.def", REMOTE.replace("RATE = 2", "RATE = 3")),
+    ):
+        own = types.ModuleType(f"transformers_modules.{folder}.modeling_own")
+        monkeypatch.setitem(sys.modules, own.__name__, own)
+        exec(source, vars(own))
+        module = frozen(own.Model())
+        digests.append(Followed(module).identity.fingerprint(module).digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def function_of(source):
+    namespace = {}
+    exec(source, namespace)
+    return namespace["f"]
+
+
+def test_docstrings_and_imports_from_the_future_are_no_code():
+    """A function does the same with and without; a text that it returns counts, also where it is the docstring."""
+    plain = callable_digest(function_of("def f(x):\n    return x + 'a'"))
+    for source in (
+        "def f(x):\n    'A docstring.'\n    return x + 'a'",
+        "from __future__ import annotations\ndef f(x):\n    'Another.'\n    return x + 'a'",
+    ):
+        assert callable_digest(function_of(source)) == plain
+    texts = [callable_digest(function_of(f"def f(x):\n    {text!r}\n    return {text!r}")) for text in "ab"]
+    assert texts[0] != texts[1]
+    assert callable_digest(function_of("f = lambda x: 'a'")) != callable_digest(function_of("f = lambda x: 'b'"))
+
+
+def test_what_dynamo_notes_on_a_function_is_no_content():
+    """`torch.compiler.disable` numbers what it wraps, in each process anew."""
+
+    def helper(x):
+        return x + 1
+
+    digests = set()
+    for number in range(2):
+        wrapped = functools.wraps(helper)(lambda x: helper(x) + 1)
+        wrapped._torchdynamo_wrapper_id = number
+        wrapped._torchdynamo_orig_callable = helper
+        digests.add(callable_digest(wrapped))
+    assert len(digests) == 1
+
+
 NOTING = """
 import torch
 class Model(torch.nn.Module):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from ..digest import digest, encode
 from ..tensors import NoContentError
+from .code import place_of
 from .follow import Reader
-from .values import class_name
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,8 @@ def callable_digest(fn: object) -> tuple[bytes, tuple[str, ...]]:
     while reader.look_aside():
         seen = reader.finish()
     for name, module in seen.modules.items():
-        content += encode(class_name(type(module)))
-        seen.opaque[f"{name} ({class_name(type(module))})"] = module
+        content += encode(place_of(type(module)))
+        seen.opaque[f"{name} ({place_of(type(module))})"] = module
     for name, tensor in seen.tensors.items():
         content += encode(name) + _content_or_opaque(tensor, name, seen)
     for name, array in seen.arrays.items():
@@ -41,5 +41,5 @@ def _content_or_opaque(tensor: torch.Tensor, name: str, seen: Seen) -> bytes:
     try:
         return encode(tensor)
     except NoContentError:
-        seen.opaque[f"{name} ({class_name(type(tensor))})"] = tensor
+        seen.opaque[f"{name} ({place_of(type(tensor))})"] = tensor
         return b""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _LOADS_GLOBAL = frozenset(dis.opmap[name] for name in ("LOAD_GLOBAL", "LOAD_NAME") if name in dis.opmap)
 _LOAD_GLOBAL = dis.opmap["LOAD_GLOBAL"]
+_LOADS_CONSTANT = frozenset(dis.hasconst)
 _IMPORT_NAME, _STORE_ATTR = dis.opmap["IMPORT_NAME"], dis.opmap["STORE_ATTR"]
 # Since 3.11 the lowest bit of LOAD_GLOBAL's argument says whether a NULL is pushed before the value.
 _GLOBAL_SHIFT = 1 if sys.version_info >= (3, 11) else 0
@@ -43,8 +44,8 @@ class _Exactly:
 def code_bytes(code: types.CodeType) -> bytes:
     """The framed bytes of what a code object does: bytecode, constants, the names it uses, its calling form.
 
-    File names, line numbers and the names of local variables do not count; the names of arguments do, because
-    they are how it is called.
+    File names, line numbers, docstrings and the names of local variables do not count; the names of arguments do,
+    because they are how it is called.
     """
     return _bytes_of(_Exactly(code))
 
@@ -56,14 +57,29 @@ def _read(code: types.CodeType) -> bytes:
         code.co_argcount,
         code.co_posonlyargcount,
         code.co_kwonlyargcount,
-        code.co_flags,
+        code.co_flags & _FLAGS_OF_CALLS,
         code.co_varnames[:arguments],
         len(code.co_freevars),
         len(code.co_cellvars),
         code.co_names,
         getattr(code, "co_exceptiontable", b""),
     )
-    return frame(b"code", frame(b"B", code.co_code) + encode(form) + encode(code.co_consts, _nested))
+    return frame(b"code", frame(b"B", code.co_code) + encode(form) + encode(_constants(code), _nested))
+
+
+_FLAGS_OF_CALLS = 0x3FF  # the others say what was imported from __future__, or that there is a docstring
+_HAS_DOCSTRING = next((flag for flag, name in dis.COMPILER_FLAG_NAMES.items() if name == "HAS_DOCSTRING"), 0)
+
+
+def _constants(code: types.CodeType) -> tuple[object, ...]:
+    """The constants of a code object, without a docstring that it does not load like any other."""
+    found = code.co_consts
+    documented = code.co_flags & _HAS_DOCSTRING if _HAS_DOCSTRING else not code.co_name.startswith("<")
+    if not (documented and found and isinstance(found[0], str)):
+        return found
+    raw = code.co_code
+    loaded = any(raw[at] in _LOADS_CONSTANT and raw[at + 1] == 0 for at in range(0, len(raw), 2))
+    return found if loaded else (None, *found[1:])
 
 
 def _nested(value: object) -> bytes | None:
@@ -138,3 +154,18 @@ def installed_class(cls: type) -> bool:
     """Whether a class comes from installed code."""
     module = sys.modules.get(cls.__module__)
     return of_library(cls.__module__) or (module is not None and installed(vars(module)))
+
+
+def module_name(name: object) -> str:
+    """The name of a Python module, without the folder of a model that transformers puts into that of its own code.
+
+    >>> module_name("transformers_modules.some_folder.a1b2c3.modeling_own")
+    'transformers_modules.modeling_own'
+    """
+    head, _, rest = str(name).partition(".")
+    return f"{head}.{rest.rpartition('.')[2]}" if head == "transformers_modules" else str(name)
+
+
+def place_of(code: type | types.FunctionType) -> str:
+    """The full name of a class or function."""
+    return f"{module_name(code.__module__)}.{code.__qualname__}"

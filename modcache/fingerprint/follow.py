@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..digest import digest, encode, frame
-from .code import code_bytes, installed, installed_class, names_in, of_library
+from .code import code_bytes, installed, installed_class, module_name, names_in, of_library, place_of
 from .memoized import memoized
 from .patched import FUNCTIONAL, patched_functions
-from .values import IMMUTABLE, ValueReader, class_name
+from .values import IMMUTABLE, ValueReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,6 +29,11 @@ _NO_CONTENT_IN_CLASS = frozenset(
 )
 _CALLED_BY_TORCH = ("forward", "__call__", "__getattr__", "__getattribute__", "__torch_function__")
 _MOST_REPLACED = "scaled_dot_product_attention"
+_BESIDE_CODE = {
+    "__wrapped__",
+    "_torchdynamo_wrapper_id",
+    "_torchdynamo_orig_callable",
+}  # what it wraps is in its closure
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
 
 
@@ -75,7 +80,7 @@ class Reader(ValueReader):
             return frame(b"descriptor", encode(value.__name__))
         wrapped = getattr(value, "__wrapped__", None)  # functools.lru_cache and its like
         if isinstance(wrapped, types.FunctionType) and of_library(type(value).__module__):
-            return frame(b"wrapped", encode(class_name(type(value))) + self.value(wrapped, path))
+            return frame(b"wrapped", encode(place_of(type(value))) + self.value(wrapped, path))
         return None
 
     def function(self, fn: types.FunctionType, path: str) -> bytes:
@@ -88,7 +93,7 @@ class Reader(ValueReader):
         if of_library(fn.__module__) and _goes_by_name(fn):
             return frame(b"named", encode(f"{fn.__module__}.{fn.__qualname__}") + inside)
         self.seen.functions[id(fn)] = fn
-        extra = {name: item for name, item in vars(fn).items() if name != "__wrapped__"}
+        extra = {name: item for name, item in vars(fn).items() if name not in _BESIDE_CODE}
         if extra:
             self.seen.mappings[id(vars(fn))] = vars(fn)
         given = b"".join(self.value(item, f"{path} default") for item in (fn.__defaults__, fn.__kwdefaults__))
@@ -152,12 +157,12 @@ class Reader(ValueReader):
         # legion, and differ from process to process without a meaning.
         ours = not installed(namespace)
         if isinstance(value, types.FunctionType | type | functools._lru_cache_wrapper):
-            target = f"{value.__module__}.{value.__qualname__}"
+            target = place_of(value)  # type: ignore[arg-type]  # of the three, lru_cache copies what a function has
             self.seen.refer(namespace, name, value)
             if not of_library(value.__module__) and (not isinstance(value, type) or ours):
                 self._reach(f"code of {target}", value)
             return encode((name, target))
-        place = f"global {namespace.get('__name__')}.{name}"
+        place = f"global {module_name(namespace.get('__name__'))}.{name}"
         if (ours or _plain(value)) and place not in self._bookkeeping:
             self.seen.refer(namespace, name, value)
             self._reach(place, value)
@@ -169,7 +174,7 @@ class Reader(ValueReader):
         """A Python module by name; what the code may read of it is followed."""
         module: types.ModuleType = namespace[name]
         self.seen.refer(namespace, name, module)
-        return encode((name, module.__name__)) + self._inside(module, known, set())
+        return encode((name, module_name(module.__name__))) + self._inside(module, known, set())
 
     def _inside(self, module: types.ModuleType, known: tuple[str, ...], done: set[int]) -> bytes:
         """The names in a Python module that code may read as attributes of it, modules within it included."""
@@ -219,30 +224,30 @@ class Reader(ValueReader):
             metaclass: type = type(cls)
             for base in (*cls.__mro__, *metaclass.__mro__):
                 self._reach_class(base)
-        return frame(b"class", encode(class_name(cls)))
+        return frame(b"class", encode(place_of(cls)))
 
     def class_chain(self, cls: type) -> bytes:
         """The names of a class and its bases; the code of each that is not a library's is followed."""
         for base in cls.__mro__:
             self._reach_class(base)
-        names = frame(b"classes", encode([class_name(base) for base in cls.__mro__]))
+        names = frame(b"classes", encode([place_of(base) for base in cls.__mro__]))
         patched = [base for base in cls.__mro__ if of_library(base.__module__) and _forward_is_foreign(base)]
         if installed_class(cls) and not of_library(cls.__module__):  # it may be called by way of a registry
             self.seen.refer_to_library(FUNCTIONAL, _MOST_REPLACED, FUNCTIONAL[_MOST_REPLACED])
         for base in cls.__mro__:
             for name in _functions_of_layer(base) if base.__module__.startswith("torch.nn.") else ():
                 self.seen.refer_to_library(FUNCTIONAL, name, FUNCTIONAL.get(name))
-        return names + b"".join(self.value(vars(base)["forward"], f"{class_name(base)}.forward") for base in patched)
+        return names + b"".join(self.value(vars(base)["forward"], f"{place_of(base)}.forward") for base in patched)
 
     def _reach_class(self, cls: type) -> None:
         if not of_library(cls.__module__) and id(cls) not in self.seen.classes:
             self.seen.classes[id(cls)] = cls
-            self._queue.append((f"code of {class_name(cls)}", _Members(cls)))
+            self._queue.append((f"code of {place_of(cls)}", _Members(cls)))
 
     def _members(self, cls: type) -> bytes:
         """Everything that a class body defines, in the order of its names."""
         names = sorted(vars(cls).keys() - _NO_CONTENT_IN_CLASS - memoized(cls))
-        kept = tuple(name for name in names if f"{class_name(cls)}.{name}" not in self._bookkeeping)
+        kept = tuple(name for name in names if f"{place_of(cls)}.{name}" not in self._bookkeeping)
         if len(kept) < len(names):
             self.seen.busy[cls] = kept
         self._following = False
@@ -258,7 +263,7 @@ class Reader(ValueReader):
         differs from process to process. So the global names of a method are followed only once something calls it.
         """
         self._met = []
-        content = self.field(vars(cls)[name], name, f"{class_name(cls)}.{name}")
+        content = self.field(vars(cls)[name], name, f"{place_of(cls)}.{name}")
         self._waiting.setdefault(name, []).extend(self._met)
         if name in self._called:
             self._call_now(name)
@@ -272,7 +277,7 @@ class Reader(ValueReader):
 
     def _call_now(self, name: str) -> None:
         for fn in self._waiting.pop(name, ()):
-            self._queue.append((f"names in {fn.__module__}.{fn.__qualname__}", _NamesIn(fn)))
+            self._queue.append((f"names in {place_of(fn)}", _NamesIn(fn)))
 
     def look_aside(self) -> bool:
         """Go on with methods of the user's own that nothing calls by its name; whether there are any.
@@ -283,7 +288,7 @@ class Reader(ValueReader):
         rest = [fn for waiting in self._waiting.values() for fn in waiting if not installed(fn.__globals__)]
         self._waiting.clear()
         self._aside = True
-        self._queue += [(f"names in {fn.__module__}.{fn.__qualname__}", _NamesIn(fn)) for fn in rest]
+        self._queue += [(f"names in {place_of(fn)}", _NamesIn(fn)) for fn in rest]
         return bool(rest)
 
     def finish(self) -> Seen:

@@ -25,7 +25,7 @@ from torch.utils._contextlib import _DecoratorContextManager
 
 from ..digest import encode, frame
 from ..tensors import NoContentError
-from .code import of_library
+from .code import module_name, of_library, place_of
 from .libraries import said_of, shows_its_fields
 from .seen import Seen
 
@@ -52,11 +52,6 @@ _SAID_BY_TEXT = (
     torch.Size,
 )
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
-
-
-def class_name(cls: type) -> str:
-    """The importable name of a class, as written in namespaces."""
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 class ValueReader:
@@ -130,7 +125,7 @@ class ValueReader:
             inside = encode(value.name) + self.value(value.value, f"{path}.value")
             return frame(b"enum", self._kind(type(value)) + inside)
         if isinstance(value, _SAID_BY_TEXT) or type(value).__module__ == "typing":
-            return frame(b"said", encode(f"{class_name(type(value))} {value}"))
+            return frame(b"said", encode(f"{place_of(type(value))} {value}"))
         if isinstance(value, bytearray):
             self.seen.sequences[id(value)] = value
             return encode(value)
@@ -143,11 +138,11 @@ class ValueReader:
         if isinstance(value, weakref.ref):
             return frame(b"weak", self.value(value(), path))
         if isinstance(value, _DecoratorContextManager):  # torch.no_grad around a method; "prev" is call state
-            return frame(b"context", encode(class_name(type(value))) + self.fields(_without(vars(value), "prev"), path))
+            return frame(b"context", encode(place_of(type(value))) + self.fields(_without(vars(value), "prev"), path))
         return self._object(value, path)
 
     def _opaque(self, value: object, path: str) -> bytes:
-        name = class_name(type(value))
+        name = place_of(type(value))
         self.seen.opaque[f"{path} ({name})"] = value
         return frame(b"opaque", encode(name))
 
@@ -156,9 +151,9 @@ class ValueReader:
             self.seen.memories[id(value)] = value
         said = said_of(value)
         if said is not None:
-            return frame(b"told", encode(class_name(type(value))) + self.value(said, path))
+            return frame(b"told", encode(place_of(type(value))) + self.value(said, path))
         if isinstance(value, torch.ScriptObject):
-            self.seen.sealed[f"{path} ({class_name(type(value))})"] = None
+            self.seen.sealed[f"{path} ({place_of(type(value))})"] = None
         try:
             return encode(value)
         except NoContentError:
@@ -181,7 +176,7 @@ class ValueReader:
 
     def _kind(self, cls: type) -> bytes:
         """The class of a container or a number: by name, and by its code where it is the user's own."""
-        return encode(class_name(cls)) if of_library(cls.__module__) else self.class_reference(cls)
+        return encode(place_of(cls)) if of_library(cls.__module__) else self.class_reference(cls)
 
     def _set_on(self, value: object, path: str) -> bytes | None:
         """The attributes of an object, in its ``__dict__`` and its slots; None if it can have none."""
@@ -246,7 +241,7 @@ class ValueReader:
         elif isinstance(value, types.MappingProxyType):
             for view in (value.keys(), value.values()):
                 self.seen.sequences[id(view)] = view
-        origins = frozenset() if of_library(type(value).__module__) else ORIGIN_NAMES  # of a class made for settings
+        origins = _origins_in(value, path)
         inside = self._in_bulk(value) or b"".join(
             self.value(key, f"{path} key") + self.value(item, f"{path}[{key!r:.40}]")
             for key, item in value.items()
@@ -304,11 +299,22 @@ class ValueReader:
 
     def class_reference(self, cls: type) -> bytes:
         """A class by name."""
-        return frame(b"class", encode(class_name(cls)))
+        return frame(b"class", encode(place_of(cls)))
 
     def python_module(self, module: types.ModuleType) -> bytes:
         """A Python module by name."""
-        return frame(b"module", encode(module.__name__))
+        return frame(b"module", encode(module_name(module.__name__)))
+
+
+def _origins_in(value: Mapping[Any, object], path: str) -> frozenset[str]:
+    """The names of items of a mapping that say where a model came from."""
+    if path.endswith((".pretrained_cfg", ".default_cfg")) or path in ("pretrained_cfg", "default_cfg"):
+        return _ORIGINS_IN_TIMM
+    # A class made for settings may hold them, as diffusers has one.
+    return frozenset() if of_library(type(value).__module__) else ORIGIN_NAMES
+
+
+_ORIGINS_IN_TIMM = frozenset({"url", "file", "source", "hf_hub_id", "hf_hub_filename"})
 
 
 def _without(fields: Mapping[str, object], name: str) -> dict[str, object]:

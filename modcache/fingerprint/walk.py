@@ -12,9 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from ..digest import digest, encode, frame
 from ..tensors import is_readable
-from .code import of_library
+from .code import of_library, place_of
 from .follow import Reader
-from .values import ORIGIN_NAMES, class_name
+from .values import ORIGIN_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -152,7 +152,7 @@ class _Walker:
         self._names[id(module)] = name
         self._modules[name] = module
         if isinstance(module, torch.jit.ScriptModule):
-            self._unreadable[f"{name or ROOT} ({class_name(type(module))})"] = None
+            self._unreadable[f"{name or ROOT} ({place_of(type(module))})"] = None
             return
         for kind in ("_parameters", "_buffers"):
             for key, tensor in vars(module)[kind].items():
@@ -207,10 +207,10 @@ class _Walker:
         cls = original_class(module)
         self._parts[f"class of {place}"] = digest(reader.class_chain(cls))
         if isinstance(module, torch.jit.ScriptModule):
-            reader.seen.opaque[f"{place} ({class_name(type(module))})"] = module
+            reader.seen.opaque[f"{place} ({place_of(type(module))})"] = module
             return
         self._hooks(reader, f"of {place}", vars(module), _HOOKS, outermost=not name)
-        if class_name(type(module)).startswith("torch._dynamo."):  # torch.compile's wrapper: its child counts
+        if place_of(type(module)).startswith("torch._dynamo."):  # torch.compile's wrapper: its child counts
             return
         derived = _derived(module)
         names = [key for key in plain_attributes(module) if key not in derived]
