@@ -5,17 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modcache.recycling.axes import (
-    CoupledError,
-    agree,
-    axis_of,
-    floor_of,
-    from_rows,
-    order_of,
-    rows_agree,
-    slopes_of,
-    to_rows,
-)
+from modcache.recycling.axes import CoupledError, axis_of, from_rows, order_of, slopes_of, to_rows
 
 COUNT = 4
 
@@ -96,32 +86,6 @@ def test_coupled_rows_are_refused(make):
     torch.manual_seed(0)
     with pytest.raises(CoupledError):
         axis(make, torch.randn(COUNT, 4, dtype=torch.float64))
-
-
-def test_agreement_knows_precision():
-    """Values agree within the precision of their type, NaN with NaN, and never across shapes or types."""
-    one = torch.tensor([1.0, float("nan"), float("inf")])
-    assert agree(one, one.clone())
-    assert agree(one, one + torch.tensor([1e-6, 0, 0]))
-    assert not agree(one, one + torch.tensor([1e-2, 0, 0]))
-    assert agree(one, one + torch.tensor([1e-2, 0, 0]), floor_of([torch.bfloat16]))
-    assert not agree(one, one.nan_to_num())
-    assert not agree(one.double(), one.double() + torch.tensor([1e-6, 0, 0]))
-    assert not agree(one, one.double())
-    assert not agree(torch.tensor([1]), torch.tensor([2]))
-    assert agree(torch.empty(0, 3), torch.empty(0, 3))
-
-
-def test_each_row_agrees_by_itself():
-    """A row is measured against itself, however small it is beside others, unless it is nothing but rounding."""
-    rows = torch.ones(3, 4) * torch.tensor([[1.0], [1e-5], [1e-9]])
-    assert rows_agree(rows, rows * (1 + 1e-5))
-    assert not rows_agree(rows, rows + torch.tensor([[0.0], [1e-6], [0.0]]))
-    assert agree(rows, rows + torch.tensor([[0.0], [1e-6], [0.0]]))
-    assert rows_agree(rows, rows + torch.tensor([[0.0], [0.0], [1e-8]]))
-    assert not rows_agree(rows, rows + torch.tensor([[1e-2], [0.0], [0.0]]))
-    assert rows_agree(torch.empty(3, 0), torch.empty(3, 0))
-    assert not rows_agree(torch.tensor([1]), torch.tensor([2]))
 
 
 def test_sizes_grow_evenly_or_not():

@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 from .asks import FACTS, answer_of, sizes_of_answer
 from .trace import Mark, Trace
 
-__all__ = ["Branch", "Branches", "Ways"]
+__all__ = ["Branches", "Way", "Ways"]
 
-Branch = tuple[object, ...]
+Way = tuple[object, ...]
 """Where Python asked a tensor for a value, and what the answer was; or where it called a function of torch at all."""
 
 _WITH_ANSWER = 5
@@ -34,12 +34,12 @@ class Ways:
     """The ways to a cut that were looked at."""
 
     def __init__(self) -> None:
-        self.places: set[Branch] = set()
+        self.places: set[Way] = set()
         """Those where all ways were looked at."""
-        self._answers: dict[Branch, set[object]] = {}
-        self._looks: Counter[Branch] = Counter()
+        self._answers: dict[Way, set[object]] = {}
+        self._looks: Counter[Way] = Counter()
 
-    def __contains__(self, way: Branch) -> bool:
+    def __contains__(self, way: Way) -> bool:
         """Whether it was looked at."""
         return way in self.places or way[-1] in self._answers.get(way[:-1], ())
 
@@ -48,7 +48,7 @@ class Ways:
         """Whether any depends on values."""
         return bool(self._answers)
 
-    def learn(self, ways: Iterable[Branch]) -> None:
+    def learn(self, ways: Iterable[Way]) -> None:
         """These were looked at, together."""
         answered = set()
         for way in ways:
@@ -78,8 +78,8 @@ class Branches(TorchFunctionMode):
         self.trace = trace
         self.inside = False
         """Whether a module of the trunk runs. Sizes that tell values are data there, as those of an expert's rows."""
-        self.new: set[Branch] = set()
-        self.marks: dict[Branch, frozenset[Mark]] = {}
+        self.new: set[Way] = set()
+        self.marks: dict[Way, frozenset[Mark]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """One function of torch."""
@@ -97,7 +97,7 @@ class Branches(TorchFunctionMode):
             self._note(answer, (args, kwargs))
         return result
 
-    def irrelevant(self, inputs: Iterable[str]) -> set[Branch]:
+    def irrelevant(self, inputs: Iterable[str]) -> set[Way]:
         """The places where values were asked for that none of these inputs went into."""
         names = set(inputs)
         return {

@@ -10,7 +10,8 @@ import torch
 from ..arguments import Arguments
 from ..errors import CutError
 from ..selfcheck import preserved_randomness
-from .axes import agree, to_rows
+from .alike import agree
+from .axes import to_rows
 from .branches import Branches
 from .ghosts import Origin
 from .kinds import Asked, owned
@@ -20,7 +21,7 @@ from .shadow import ABSENT, Shadow, Written, running
 from .trees import Step, located, same_but_tensors
 
 __all__ = [
-    "Found",
+    "Captured",
     "capture",
     "captured_rows",
     "not_reached",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 
-class Found(NamedTuple):
+class Captured(NamedTuple):
     """What a capture gave.
 
     Args:
@@ -46,7 +47,7 @@ class Found(NamedTuple):
 
 def capture(
     run: Capture, shadow: Shadow, forward: Callable[..., Any], arguments: Arguments, at: str, branches: Branches
-) -> Found:
+) -> Captured:
     """Run a model up to the cut, in eval mode and without grad; ``branches`` notes which way it takes.
 
     Raises:
@@ -66,7 +67,7 @@ def capture(
         )
     if run.arguments is None:
         raise not_reached(at, run.call, run.cut_calls)
-    return Found(run, dict(located(run.arguments)))
+    return Captured(run, dict(located(run.arguments)))
 
 
 def _versions(shadow: Shadow) -> list[int]:
@@ -86,7 +87,7 @@ def not_reached(at: str, call: int, calls: int) -> CutError:
     )
 
 
-def value_in(found: Found, source: Any) -> torch.Tensor:
+def value_in(found: Captured, source: Any) -> torch.Tensor:
     """A tensor that is stored, in a capture."""
     if isinstance(source, Origin):
         output = found.capture.outputs[source.path, source.number]
@@ -95,13 +96,13 @@ def value_in(found: Found, source: Any) -> torch.Tensor:
     return found.values[source]
 
 
-def shapes_of(plan: Plan, found: Found, rows: int) -> Shapes:
+def shapes_of(plan: Plan, found: Captured, rows: int) -> Shapes:
     """The shapes, and the values that all rows share, of a capture."""
     shared = {stored.source: value_in(found, stored.source).detach().clone() for stored in plan.shared}
     return Shapes(rows, found.capture.templates, shared)
 
 
-def rows_of_capture(plan: Plan, found: Found) -> tuple[torch.Tensor, ...]:
+def rows_of_capture(plan: Plan, found: Captured) -> tuple[torch.Tensor, ...]:
     """The tensors of the records, rows first.
 
     Raises:
@@ -118,7 +119,7 @@ def rows_of_capture(plan: Plan, found: Found) -> tuple[torch.Tensor, ...]:
     return tuple(tensors)
 
 
-def refuse_other_structures(captures: Sequence[Found]) -> None:
+def refuse_other_structures(captures: Sequence[Captured]) -> None:
     """Look at captures of some rows each: were the same modules called, and did they give the same but for tensors?
 
     Raises:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import CutError
 from .axes import Axis, CoupledError, Slope, axis_of, slopes_of, to_rows
-from .captures import Found, value_in
+from .captures import Captured, value_in
 from .kinds import Asked
 from .origins import Origin, Spec
 from .plan import Asking, Plan, Stored
@@ -41,7 +41,7 @@ class Evidence(NamedTuple):
 
     asked: Asked
     asking: Asking
-    captures: tuple[Found, ...]
+    captures: tuple[Captured, ...]
     rows: int
     trace: Trace
     floor: float

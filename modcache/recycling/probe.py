@@ -12,10 +12,9 @@ from torch import nn
 from ..arguments import Arguments
 from ..batch import tensors_in
 from ..errors import CutError
-from .alike import difference
-from .axes import floor_of, rows_agree
-from .branches import Branch, Branches
-from .captures import Found, refuse_other_structures, rows_of_capture
+from .alike import difference, floor_of, rows_agree
+from .branches import Branches, Way
+from .captures import Captured, refuse_other_structures, rows_of_capture
 from .kinds import Asked
 from .origins import Origin
 from .padding import refuse_padding
@@ -65,7 +64,7 @@ class _Probe:
             return self.asked.arguments
         return self.asked.arguments.taken(self.asked.batch, list(places))
 
-    def run(self) -> tuple[Plan, frozenset[Branch]]:
+    def run(self) -> tuple[Plan, frozenset[Way]]:
         """The plan, and the ways that were looked at."""
         batch = self.taken(self.places)
         tags = Tags(leaf for _, value in self._leaves(batch) for _, leaf in located(value))
@@ -131,7 +130,7 @@ class _Probe:
         )
         return plan_of(self.model, evidence)
 
-    def _traced(self, batch: Arguments) -> tuple[Trace, Found]:
+    def _traced(self, batch: Arguments) -> tuple[Trace, Captured]:
         trace = self.trace = Trace()
         named = ((Mark("parameter", name), p) for name, p in self.model.named_parameters(remove_duplicate=False))
         for mark, tensor in named:
@@ -173,7 +172,7 @@ class _Probe:
 
     def _learned(
         self,
-        found: Found,
+        found: Captured,
         ghostly: tuple[Step, ...],
         marks: frozenset[Mark],
         trace: Trace,
@@ -236,7 +235,7 @@ class _Probe:
 
 def probe(
     model: nn.Module, forward: Callable[..., Any], shadow: Shadow, asked: Asked, asking: Asking, tokens: bool
-) -> tuple[Plan, frozenset[Branch]]:
+) -> tuple[Plan, frozenset[Way]]:
     """Part a model for this kind of call; the plan, and the ways that were looked at.
 
     Raises:

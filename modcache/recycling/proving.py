@@ -10,7 +10,7 @@ import torch
 
 from ..errors import CutError
 from ..keys.tokens import find_tokens
-from .axes import rows_agree
+from .alike import rows_agree
 from .branches import Branches
 from .captures import captured_rows
 from .kinds import Asked, with_values

@@ -13,7 +13,7 @@ from ..fingerprint import context
 from ..memo import Bypass
 from ..selfcheck import preserved_randomness
 from .axes import from_rows
-from .branches import Branch, Branches, Ways
+from .branches import Branches, Way, Ways
 from .captures import capture, refuse_feeding, rows_of_capture, shapes_of
 from .ghosts import Ghost, Origin, unwrapped
 from .kinds import Asked, first_row, owned, rows_in, with_inputs
@@ -77,7 +77,7 @@ class Resuming:
         self._ways: dict[tuple[object, ...], Ways] = {}
         self._samples: dict[_Sizes, list[Sample]] = {}
 
-    def looked_at(self, asked: Asked, ways: frozenset[Branch]) -> None:
+    def looked_at(self, asked: Asked, ways: frozenset[Way]) -> None:
         """A probe looked at these ways."""
         self._ways.setdefault(asked.kind, Ways()).learn(ways)
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..arguments import Arguments
 from ..selfcheck import preserved_randomness
 from .branches import Branches
-from .captures import Found, capture, not_reached
+from .captures import Captured, capture, not_reached
 from .ghosts import Ghost, unwrapped
 from .kinds import owned
 from .origins import Origin
@@ -52,7 +52,7 @@ class Trials:
             given = owned(arguments)
             return self.forward(self.model, *given.args, **given.kwargs)
 
-    def captured(self, arguments: Arguments, trace: Trace | None = None) -> Found:
+    def captured(self, arguments: Arguments, trace: Trace | None = None) -> Captured:
         """What it gives up to the cut, each time with other random numbers."""
         run = Capture(self.call, trace=trace)
         self.branches.trace = trace
@@ -60,7 +60,7 @@ class Trials:
             seed(next(self._seeds))  # what draws some shall give itself away
             return capture(run, self.shadow, self.forward, arguments, self.at, self.branches)
 
-    def ghostly(self, found: Found, arguments: Arguments) -> tuple[Step, ...]:
+    def ghostly(self, found: Captured, arguments: Arguments) -> tuple[Step, ...]:
         """The places among the arguments of the cut that only modules before it can fill."""
         run = Resume(self.call, found.capture.templates, frozenset(), frozenset(), None, {})
         with contextlib.suppress(Reached):
@@ -72,7 +72,7 @@ class Trials:
     def resumed(
         self,
         plan: Plan,
-        found: Found,
+        found: Captured,
         arguments: Arguments,
         values: Mapping[Step, torch.Tensor],
         extras: Mapping[Origin, torch.Tensor],
