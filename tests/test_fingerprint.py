@@ -20,6 +20,7 @@ import types
 import typing
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -901,6 +902,32 @@ def test_a_hook_of_the_root_that_computes_its_weight_counts():
         method.apply(module, "weight", mask=torch.ones(2, 2))
         digests.add(Followed(module).identity.fingerprint(module).digest)
     assert len(digests) == 2
+
+
+class Raising(collections.abc.Mapping):
+    """Like a mapping of weights that lie elsewhere: its keys are not those that it takes."""
+
+    def __iter__(self):
+        return iter(["a"])
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, key):
+        raise KeyError(key)
+
+
+def test_what_raises_when_it_is_read_is_listed():
+    """Objects of somebody's own, and mocks that say they are functions, count by their class where they raise."""
+
+    def helper(x):
+        return x
+
+    for value, name in ((Raising(), "Raising"), (mock.create_autospec(helper), "")):
+        module = frozen(nn.Identity())
+        module.held = {"inside": value}
+        found = Followed(module).identity.fingerprint(module)
+        assert any(name in place for place in found.opaque)
 
 
 def test_what_has_no_content_is_listed():

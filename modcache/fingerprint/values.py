@@ -97,6 +97,10 @@ class ValueReader:
         self._open[id(value)] = len(self._open)
         try:
             found = self._read(value, path)
+        except Exception:
+            if not _may_fail(value):
+                raise
+            found = self._opaque(value, path)
         finally:
             del self._open[id(value)]
         self._memo[id(value)] = found
@@ -104,6 +108,8 @@ class ValueReader:
         return found
 
     def _read(self, value: object, path: str) -> bytes:
+        if type(value).__module__ == "unittest.mock":  # it passes for anything, and changes with each call
+            return self._opaque(value, path)
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path)
         if isinstance(value, nn.Module):
@@ -304,6 +310,15 @@ class ValueReader:
     def python_module(self, module: types.ModuleType) -> bytes:
         """A Python module by name."""
         return frame(b"module", encode(module_name(module.__name__)))
+
+
+def _may_fail(value: object) -> bool:
+    """Whether an object may raise for whoever reads it: it is of a class of somebody's own, or says so (a mock)."""
+    cls = type(value)
+    try:
+        return value.__class__ is not cls or not of_library(cls.__module__)
+    except Exception:
+        return True
 
 
 def _origins_in(value: Mapping[Any, object], path: str) -> frozenset[str]:
