@@ -1,6 +1,8 @@
 """Two runs of one row agree within their precision, or the row depends on more than itself."""
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -354,3 +356,13 @@ def test_copies_that_do_not_fit_into_memory():
     module(batch)
     assert sizes == [2, 3, 1]
     assert cache_of(module).stats.hits == 2
+
+
+def test_a_check_does_not_import_numpys_random_numbers():
+    """Its import takes a lock, which the child of a fork would find held if another thread is in its first check."""
+    code = (
+        "import sys, torch; from modcache import cached_module, cache_of\n"
+        "module = cached_module(torch.nn.Linear(3, 2), freeze=True); module(torch.eye(3)); module(torch.eye(3))\n"
+        "assert cache_of(module).stats.hits == 3; assert 'numpy.random' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

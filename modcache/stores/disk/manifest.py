@@ -111,6 +111,7 @@ _OF_THE_ROWS: Final = frozenset(
 _FIRST: Final = ("class", "weights", "dtypes", "key", "prepare", "version", "context", "key_scheme")
 _NAMES: Final = {"dtypes": "dtype", "key_scheme": "key scheme"}
 _DIGEST: Final = re.compile(r"[0-9a-f]{16,}")
+_READABLE: Final = re.compile(r" of |^global |^(prepare|key function|in training mode)$")  # the others are weights
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, ...]:
@@ -151,7 +152,7 @@ def _parts_that_differ(mine: object, theirs: object) -> str:
     if not isinstance(mine, Mapping) or not isinstance(theirs, Mapping):
         return ""
     names = [str(name) for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
-    named = [name for name in names if " of " in name]
+    named = [name for name in names if _READABLE.search(name)]
     more = f" and {len(named) - 2} more" if len(named) > 2 else ""
     return ", ".join(named[:2]) + more
 
