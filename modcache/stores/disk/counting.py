@@ -1,18 +1,23 @@
-"""How many rows the namespaces of a directory have, also those that nobody asked for yet."""
+"""How many rows and bytes a directory has, also of namespaces that nobody asked for yet."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from .descriptors import Descriptors
 from .directory import Directory
 from .frames import DamageError
 from .names import SegmentName
 from .reading import Reading
-from .room import looks_of
+from .room import looks_of, take_census
 from .segment import read_header
 
 __all__ = ["Count", "Counts", "count_rows"]
+
+_A_MOMENT: Final = 1.0  # seconds for which the sizes of files are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,20 @@ class Counts:
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
         self._known: dict[str, tuple[tuple[object, ...], Count | None]] = {}
+        self._weighed = -_A_MOMENT, 0
+
+    def all(self, readings: Iterable[Reading]) -> list[Count]:
+        """The rows of all namespaces, of which these readings are at hand."""
+        loaded = {reading.folder: Count(reading.namespace, len(reading)) for reading in readings}
+        others = [self.of(folder) for folder in self._directory.folders() if folder not in loaded]
+        return [*loaded.values(), *(count for count in others if count is not None)]
+
+    def bytes_lately(self) -> int:
+        """The bytes of all files there, as they were at most a second ago."""
+        now = time.monotonic()
+        if now - self._weighed[0] > _A_MOMENT:
+            self._weighed = now, take_census(self._directory).bytes
+        return self._weighed[1]
 
     def of(self, folder: str) -> Count | None:
         """The rows in the folder of a namespace; None where no log tells its name."""

@@ -67,6 +67,16 @@ class Directory:
                 f"format {FORMAT}. Update modcache, or use another directory."
             )
 
+    def is_writable(self) -> bool:
+        """Whether files may be made there, or where it would be made; where that cannot be known, they may."""
+        try:
+            place = self.path
+            while not place.exists() and place != place.parent:
+                place = place.parent
+            return os.access(place, os.W_OK | os.X_OK)
+        except OSError:  # then writing will tell
+            return True
+
     def format(self) -> int | None:
         """The number of the format that the directory has; None where it does not say."""
         try:
@@ -169,6 +179,15 @@ class Directory:
                 os.unlink(self.place_of(folder) / name)
                 freed += size
         return freed
+
+    def remove_segments(self, folder: str) -> None:
+        """Unlinks all files of segments in a folder that are ours.
+
+        Raises:
+            OSError: a file cannot be unlinked.
+        """
+        for segment in self.segments(folder):
+            self.remove_segment(folder, segment)
 
     def remove_folder(self, folder: str) -> bool:
         """Removes the folder of a namespace with its manifest if nothing else is in it; whether it is gone."""

@@ -45,6 +45,7 @@ class Reading:
         self.folder = folder_of(namespace)
         self.troubles: list[tuple[str, str]] = []  # what a user should hear of
         self.latest = 0  # stamp that was seen
+        self._left = False  # nobody looks at it any more
         self._damages: list[str] = []  # of segments; nobody need hear of them as long as no row is missed
         self._directory = directory
         self._descriptors = descriptors
@@ -98,9 +99,12 @@ class Reading:
     def refresh(self) -> bool:
         """Looks for what other processes did since the last look; whether there is anything new."""
         changed = self._list()
-        for segment in list(self._segments.values()):
-            if not segment.own:
-                changed |= self._follow(segment)
+        growing = [segment for segment in self._segments.values() if not segment.own and not segment.ended]
+        # Before any log is looked at: what nobody writes any more by now will not grow.
+        writers = frozenset(self._directory.writers() if growing else ())
+        for segment in growing:
+            changed |= self._follow(segment)
+            segment.ended = segment.name.writer not in writers
         return changed
 
     # --- changing -------------------------------------------------------------------------------------
@@ -129,7 +133,8 @@ class Reading:
     def committed(self, segment: Segment, first: int, stamp: int, sums: bytes) -> None:
         """Rows of our own are in the file now."""
         count = len(sums) // 8
-        self._groups[segment.layout].note(segment, first, np.frombuffer(sums, np.uint64))
+        if not self._left:
+            self._groups[segment.layout].note(segment, first, np.frombuffer(sums, np.uint64))
         segment.commit(first, count, stamp)
         while segment.waiting and segment.waiting[0][0] < segment.committed:
             segment.waiting.pop(0)
@@ -167,9 +172,23 @@ class Reading:
     def hide(self, stamp: int) -> int:
         """Drops all rows that were put until now; how many there were."""
         self.refresh()
+        self.end_segments()
+        return self._said.hide(stamp)
+
+    def end_segments(self) -> None:
+        """Nothing more is written to the segments of our own, also of what waits for them."""
         for segment in self._open.values():
             segment.closed = True
-        return self._said.hide(stamp)
+
+    @property
+    def waits(self) -> bool:
+        """Whether rows wait to be written to segments of our own."""
+        return any(segment.waiting for segment in self._open.values() if not segment.closed)
+
+    def leave(self) -> None:
+        """It may be half-changed, so nobody looks at it any more; what waits to be written still is."""
+        self._left = True
+        self._said, self._groups = Statements(self._stamps_of), {}
 
     def close(self) -> None:
         """Closes all files."""

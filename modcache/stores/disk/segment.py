@@ -61,6 +61,7 @@ class Segment:
         self.waiting: list[tuple[int, npt.NDArray[np.uint8]]] = []  # those, with the number of the first row
         self.own = False
         self.closed = False  # of our own, but nothing more is put there
+        self.ended = False  # of another writer, who put all there that there will be
         self.doubtful = False  # the last look found more than it could believe
         self.most = max(1, min(_MOST_BYTES // max(1, self.row_bytes), _MOST_ROWS))
         self._firsts: list[int] = []

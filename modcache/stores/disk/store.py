@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -20,11 +21,12 @@ from ..incoming import check_batch, last_of_each
 from ..protocol import Found, StoreStats
 from . import room
 from .counting import Count, Counts
+from .describing import Descriptions
 from .descriptors import Descriptors
 from .directory import Directory
-from .manifest import merged, read_manifest
 from .names import folder_of
-from .reading import Reading
+from .options import Options
+from .readings import Readings
 from .records import records_of
 from .sharing import note, shared
 from .tasks import Drop, Facts, Put, Use
@@ -34,13 +36,13 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ...rows import Rows
+    from .reading import Reading
 
 __all__ = ["DiskStore", "open_directory"]
 
 _QUEUE_BYTES: Final = 32 << 20  # fresh memory costs more than what is written out of it
 _QUEUE_SHARE: Final = 8  # of the memory that there is
 _USE_NOTED: Final = 60.0  # seconds within which a namespace is not noted as used again
-_A_MOMENT: Final = 1.0  # seconds for which the sizes of files are remembered
 _CHUNK: Final = 1024  # rows that are moved at a time when a namespace gets another name
 
 
@@ -90,11 +92,7 @@ class DiskStore:
             raise UsageError("A DiskStore needs a POSIX system, such as Linux or macOS. Use a MemoryStore here.")
         if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
             raise UsageTypeError(f"directory is the path of a cache directory, but {directory!r} was given.")
-        self._max_bytes = _checked(max_bytes, "max_bytes", 1, "no bound")
-        self._keep_free = _checked(keep_free, "keep_free", 0, "the smaller of 1 GiB and 5 % of the file system")
-        if not isinstance(mmap, bool):
-            raise UsageTypeError(f"mmap is True or False, but {mmap!r} was given.")
-        self._mmap = mmap
+        self._options = Options(max_bytes, mmap, keep_free)
         self._directory = Directory(directory)
         self._directory.check()
         self._refused = 0
@@ -108,10 +106,9 @@ class DiskStore:
         self._process = os.getpid()
         self._lock = threading.RLock()
         self._descriptors = Descriptors()
-        self._readings: dict[str, Reading] = {}
+        self._readings = Readings(self._directory, self._descriptors, mapped=self._options.mmap)
         self._counts = Counts(self._directory)
-        self._weighed = -_A_MOMENT, 0
-        self._described: dict[str, dict[str, Any]] = {}
+        self._descriptions = Descriptions(self._directory)
         self._used: dict[str, float] = {}
         self._stamp = 0
         self._writable: bool | None = None
@@ -119,8 +116,8 @@ class DiskStore:
         self._writing = Writing(
             self._directory,
             self._lock,
-            max_bytes=self._max_bytes,
-            keep_free=self._keep_free,
+            max_bytes=self._options.max_bytes,
+            keep_free=self._options.keep_free,
             queue_bytes=_queue_bytes(),
         )
         self._end = weakref.finalize(self, self._writing.stop)
@@ -141,7 +138,7 @@ class DiskStore:
     @property
     def options(self) -> dict[str, Any]:
         """What the store was made with, beside its directory."""
-        return {"max_bytes": self._max_bytes, "mmap": self._mmap, "keep_free": self._keep_free}
+        return self._options.as_keywords()
 
     @property
     def directory(self) -> Path:
@@ -175,8 +172,12 @@ class DiskStore:
         with self._lock:
             if self._closed:
                 return ()
-            reading = self._reading(namespace)
-            found = reading.get(row_keys)
+            reading = self._readings.of(namespace)
+            try:
+                found = reading.get(row_keys)
+            except BaseException:
+                self._readings.leave(reading)
+                raise
             self._note_use(reading)
         if reading.troubles:
             self._tell(reading)
@@ -195,10 +196,9 @@ class DiskStore:
         # Summed up right here, where the rows are in the cache; the other thread is left with what needs no GIL.
         for records in records_of(rows, chosen, self._writing.memory_for):
             keys = [row_keys[i] for i in records.places.tolist()] if len(records.places) < len(row_keys) else row_keys
-            with self._lock:
-                if self._closed:
+            with self._lock, self._using(namespace) as reading:
+                if reading is None:
                     return 0
-                reading = self._reading(namespace)
                 segment = reading.open_segment(rows.layout, len(keys), self._writing.next_name)
                 first, stamp = reading.expect(segment, keys, records.matrix), self._next_stamp(reading)
                 taken = records.matrix, records.sums, stamp, records.buffer
@@ -209,13 +209,12 @@ class DiskStore:
 
     def delete(self, namespace: str, row_keys: Sequence[bytes] | None = None) -> int:
         """Drops these rows, or with None the whole namespace with its files; the number of rows dropped."""
-        with self._lock:
-            if self._closed:
+        with self._lock, self._using(namespace) as reading:
+            if reading is None:
                 return 0
-            reading = self._reading(namespace)
             if row_keys is None:
                 reading.refresh()
-                count = reading.hide(self._next_stamp(reading))
+                count = self._readings.hide(reading, self._next_stamp(reading))
                 self._unlink(reading.folder)
                 self._writing.try_again()
                 return count
@@ -228,10 +227,9 @@ class DiskStore:
 
     def row_keys(self, namespace: str) -> list[bytes]:
         """The keys of all rows of a namespace, in no particular order."""
-        with self._lock:
-            if self._closed:
+        with self._lock, self._using(namespace) as reading:
+            if reading is None:
                 return []
-            reading = self._reading(namespace)
             reading.refresh()
             return reading.keys()
 
@@ -245,7 +243,7 @@ class DiskStore:
         return StoreStats(
             rows=sum(count.rows for count in counts),
             bytes=room.take_census(self._directory).bytes + self._writing.queued,
-            max_bytes=self._max_bytes,
+            max_bytes=self._options.max_bytes,
             namespaces=sum(count.rows > 0 for count in counts),
             refused=self._refused + self._writing.refused,
             evicted=self._writing.evicted,
@@ -262,26 +260,20 @@ class DiskStore:
         self._tell()
         with self._lock:
             self._closed = True
-            for reading in self._readings.values():
-                reading.close()
-            self._readings = {}
-            self._descriptors.close()
+            self._readings.close()
 
     # --- abilities ------------------------------------------------------------------------------------
 
     def contains(self, namespace: str, row_keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
         """Which rows are there, without reading or using them."""
-        with self._lock:
-            if self._closed:
+        with self._lock, self._using(namespace) as reading:
+            if reading is None:
                 return np.zeros(len(row_keys), np.bool_)
-            return self._reading(namespace).contains(row_keys) >= 0
+            return reading.contains(row_keys) >= 0
 
     def held_bytes(self) -> int:
         """The bytes of all files there, as they were at most a second ago: quicker than `stats`, which counts rows."""
-        now = time.monotonic()
-        if now - self._weighed[0] > _A_MOMENT:
-            self._weighed = now, room.take_census(self._directory).bytes
-        return self._weighed[1] + self._writing.queued
+        return self._counts.bytes_lately() + self._writing.queued
 
     def retire(self, namespace: str) -> None:
         """Does not spare a namespace any more that this process used, once nobody else used it within the hour."""
@@ -302,10 +294,9 @@ class DiskStore:
 
     def namespace_bytes(self, namespace: str) -> int:
         """The bytes of the rows of a namespace, those included that were overwritten or dropped since."""
-        with self._lock:
-            if self._closed:
+        with self._lock, self._using(namespace) as reading:
+            if reading is None:
                 return 0
-            reading = self._reading(namespace)
             reading.refresh()
             return reading.row_bytes
 
@@ -314,37 +305,21 @@ class DiskStore:
         with self._lock:
             if self._closed or not self._may_write():
                 return
-            known = merged(self._described.get(namespace), {"namespace": namespace, **facts})
-            self._described[namespace] = known
-            self._writing.push(Facts(folder_of(namespace), known))
+            self._writing.push(Facts(folder_of(namespace), self._descriptions.add(namespace, facts)))
 
     def manifest(self, namespace: str) -> dict[str, Any] | None:
         """What was described of a namespace, by any process."""
-        known = self._described.get(namespace)
-        found = read_manifest(self._directory.place_of(folder_of(namespace)))
-        return found if known is None else merged(found, known)
+        return self._descriptions.of(namespace)
 
     def manifests(self) -> dict[str, dict[str, Any]]:
         """All manifests, by namespace."""
-        found = {}
-        for folder in self._directory.folders():
-            facts = read_manifest(self._directory.place_of(folder))
-            name = None if facts is None else facts.get("namespace")
-            if facts is not None and isinstance(name, str) and folder_of(name) == folder:
-                found[name] = facts
-        for name, known in list(self._described.items()):
-            found[name] = merged(found.get(name), known)
-        return found
+        return self._descriptions.all()
 
     # --- within ---------------------------------------------------------------------------------------
 
-    def _reading(self, namespace: str) -> Reading:
-        reading = self._readings.get(namespace)
-        if reading is None:
-            reading = Reading(self._directory, namespace, self._descriptors, mapped=self._mmap)
-            self._readings[namespace] = reading
-            reading.refresh()
-        return reading
+    def _using(self, namespace: str) -> contextlib.AbstractContextManager[Reading | None]:
+        """The reading of a namespace for the time of a block; none in a closed store. The lock is held."""
+        return contextlib.nullcontext() if self._closed else self._readings.using(namespace)
 
     def _next_stamp(self, reading: Reading) -> int:
         """Later than all that was said before, whatever the clock does."""
@@ -360,13 +335,7 @@ class DiskStore:
 
     def _is_writable(self) -> bool:
         if self._writable is None:
-            try:
-                place = self.directory
-                while not place.exists() and place != place.parent:
-                    place = place.parent
-                self._writable = os.access(place, os.W_OK | os.X_OK)
-            except OSError:  # then writing will tell
-                return True
+            self._writable = self._directory.is_writable()
         return self._writable
 
     def _may_write(self) -> bool:
@@ -378,8 +347,7 @@ class DiskStore:
 
     def _unlink(self, folder: str) -> None:
         try:
-            for segment in self._directory.segments(folder):
-                self._directory.remove_segment(folder, segment)
+            self._directory.remove_segments(folder)
         except OSError as error:
             self._troubles.append(("unlink", f"the files of a namespace cannot be removed: {error}"))
 
@@ -397,27 +365,11 @@ class DiskStore:
         with self._lock:
             if self._closed:
                 return []
-            loaded = {reading.folder: reading for reading in self._readings.values()}
-            counts = []
-            for reading in loaded.values():
-                reading.refresh()
-                counts.append(Count(reading.namespace, len(reading)))
-            others = [self._counts.of(folder) for folder in self._directory.folders() if folder not in loaded]
-            return counts + [count for count in others if count is not None]
+            return self._counts.all(self._readings.refreshed())
 
 
 def _queue_bytes() -> int:
     return min(_QUEUE_BYTES, memory_here() // _QUEUE_SHARE)
-
-
-def _checked(count: int | None, name: str, least: int, nothing: str) -> int | None:
-    if count is None:
-        return None
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise UsageTypeError(f"{name} is a number of bytes (an int) or None, but {count!r} was given.")
-    if count < least:
-        raise UsageError(f"{name}={count} cannot be kept. Give at least {least} bytes, or None for {nothing}.")
-    return count
 
 
 def open_directory(path: str | os.PathLike[str]) -> DiskStore:
