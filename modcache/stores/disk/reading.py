@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -14,20 +13,19 @@ from ..index import KEY_BYTES, Places
 from ..protocol import Found
 from .descriptors import Descriptors
 from .directory import Directory
-from .frames import DROPPED, ROWS, SEGMENT_ID_BYTES, DamageError, Frame
+from .frames import DROPPED, ROWS, SEGMENT_ID_BYTES, Frame
 from .group import Group, Taken
-from .names import SegmentName, folder_of
+from .names import SegmentName
 from .rowfiles import LostError
-from .segment import Segment, check_rows, read_header
+from .segment import Segment
+from .segments import Segments
 from .statements import Statements
-from .tails import damage_behind, is_cut_off
 from .window import ROW_BITS
 
 __all__ = ["Reading"]
 
 _NO_ROWS: Final = Layout("null", ())
 _TRIES: Final = 8  # files that vanish under our hands, again and again
-_RACY: Final = 2_000_000_000  # nanoseconds within which a folder may change without another time of change
 
 
 class Reading:
@@ -42,22 +40,21 @@ class Reading:
 
     def __init__(self, directory: Directory, namespace: str, descriptors: Descriptors, *, mapped: bool) -> None:
         self.namespace = namespace
-        self.folder = folder_of(namespace)
         self.troubles: list[tuple[str, str]] = []  # what a user should hear of
         self.latest = 0  # stamp that was seen
         self._left = False  # nobody looks at it any more
-        self._damages: list[str] = []  # of segments; nobody need hear of them as long as no row is missed
         self._directory = directory
         self._descriptors = descriptors
         self._mapped = mapped
         self._said = Statements(self._stamps_of)
         self._groups: dict[Layout, Group] = {}
-        self._segments: dict[int, Segment] = {}
-        self._names: dict[SegmentName, Segment] = {}
-        self._odd: dict[SegmentName, tuple[int, ...]] = {}  # damaged segments, as they looked then
+        self._segments = Segments(directory, namespace)
         self._open: dict[Layout, Segment] = {}  # segments of our own that are being written
-        self._next = 0
-        self._listed: int | None = None  # time of change of the folder, where it was listed and may be trusted
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder."""
+        return self._segments.folder
 
     def __len__(self) -> int:
         return len(self._said)
@@ -65,7 +62,7 @@ class Reading:
     @property
     def row_bytes(self) -> int:
         """The bytes of all rows in the segments, those that were overwritten included."""
-        return sum(segment.assigned * segment.row_bytes for segment in self._segments.values())
+        return sum(segment.assigned * segment.row_bytes for segment in self._segments)
 
     # --- looking --------------------------------------------------------------------------------------
 
@@ -81,9 +78,9 @@ class Reading:
         places, complete = self._said.locate(keys)
         if not complete and self.refresh():
             places, complete = self._said.locate(keys)
-        if not complete and self._damages:
-            self.troubles += [("damaged segment", text) for text in self._damages]
-            self._damages = []
+        if not complete and self._segments.damages:  # nobody need hear of them as long as no row is missed
+            self.troubles += [("damaged segment", text) for text in self._segments.damages]
+            self._segments.damages = []
         for _ in range(_TRIES):
             found = self._found(keys, places, complete)
             if found is not None:
@@ -98,13 +95,13 @@ class Reading:
 
     def refresh(self) -> bool:
         """Looks for what other processes did since the last look; whether there is anything new."""
-        changed = self._list()
-        growing = [segment for segment in self._segments.values() if not segment.own and not segment.ended]
-        # Before any log is looked at: what nobody writes any more by now will not grow.
-        writers = frozenset(self._directory.writers() if growing else ())
-        for segment in growing:
+        gone, new = self._segments.look()
+        self._lose(gone)
+        for segment in new:
+            self._join(segment)
+        changed = bool(gone or new)
+        for segment in self._segments.growing():
             changed |= self._follow(segment)
-            segment.ended = segment.name.writer not in writers
         return changed
 
     # --- changing -------------------------------------------------------------------------------------
@@ -117,7 +114,7 @@ class Reading:
         opened = self._open.get(layout)
         if opened is not None and not opened.closed and (not opened.assigned or opened.assigned + more <= opened.most):
             return opened
-        opened = self._add(make_name(), os.urandom(SEGMENT_ID_BYTES), layout)
+        opened = self._join(self._segments.add(make_name(), os.urandom(SEGMENT_ID_BYTES), layout))
         opened.own = True
         self._open[layout] = opened
         return opened
@@ -192,7 +189,7 @@ class Reading:
 
     def close(self) -> None:
         """Closes all files."""
-        for segment in list(self._segments.values()):
+        for segment in self._segments:
             self._remove(segment)
 
     # --- rows -----------------------------------------------------------------------------------------
@@ -257,86 +254,26 @@ class Reading:
 
     # --- segments -------------------------------------------------------------------------------------
 
-    def _list(self) -> bool:
-        """Takes in segments that appeared, and drops those that vanished."""
-        try:
-            found = os.stat(self._directory.place_of(self.folder), follow_symlinks=False).st_mtime_ns
-        except OSError:
-            found = -1
-        if found == self._listed:
-            return False
-        self._listed = found if abs(time.time_ns() - found) > _RACY or found < 0 else None
-        names = self._directory.names_in(self.folder)
-        gone = [
-            segment.number
-            for name, segment in self._names.items()
-            if not {name.log, name.rows} <= names.keys() and (segment.committed or not segment.own)
-        ]
-        self._lose(gone)
-        new = sorted(
-            {name for name in names.values() if name not in self._names and {name.log, name.rows} <= names.keys()}
-        )
-        loaded = sum(self._load(name) for name in new)
-        return bool(loaded or gone)
-
-    def _load(self, name: SegmentName) -> bool:
-        """Begins to follow a segment; whether it could be read."""
-        looks: tuple[int, ...] = ()
-        try:
-            found = os.stat(self._directory.place_of(self.folder) / name.log, follow_symlinks=False)
-            looks = (found.st_ino, found.st_size, found.st_mtime_ns)
-            if self._odd.get(name) == looks:
-                return False
-            read = read_header(self._directory, self.folder, name)
-            if read is None:
-                if is_cut_off(self._directory, self.folder, name):
-                    raise DamageError("its log is cut off")
-                self._listed = None  # its writer is just about to write it, or was killed
-                return False
-            header, end = read
-            if header.namespace != self.namespace:
-                raise DamageError("the log belongs to another namespace")
-            with self._directory.opened_segment(self.folder, name.rows) as file:
-                check_rows(file, header.segment)
-        except OSError:
-            self._listed = None
-            return False
-        except DamageError as error:
-            self._odd[name] = looks
-            self._damages.append(f"a segment of namespace {self.namespace!r} is passed over: {error} ({name.log})")
-            return False
-        self._add(name, header.segment, header.layout).begin_log(end)
-        return True
-
-    def _add(self, name: SegmentName, segment: bytes, layout: Layout) -> Segment:
-        added = Segment(self._next, self.folder, name, segment, layout)
-        self._next += 1
-        if layout not in self._groups:
-            self._groups[layout] = Group(layout, mapped=self._mapped)
-        self._groups[layout].segments[added.number] = added
-        self._segments[added.number] = self._names[name] = added
-        return added
+    def _join(self, segment: Segment) -> Segment:
+        """Puts a segment that was not known to the others of its layout."""
+        if segment.layout not in self._groups:
+            self._groups[segment.layout] = Group(segment.layout, mapped=self._mapped)
+        self._groups[segment.layout].segments[segment.number] = segment
+        return segment
 
     def _follow(self, segment: Segment) -> bool:
         """Takes in what a segment commits since the last look; whether there is anything."""
         changed = False
         try:
-            for frames in segment.news(self._directory):
-                changed, start = True, 0
-                for end in range(1, len(frames) + 1):
-                    if end == len(frames) or frames[end].kind != frames[start].kind:
-                        self._take_in(segment, frames[start:end])
-                        start = end
-            damage = damage_behind(self._directory, segment) if segment.doubtful else None
+            for frames in self._segments.news(segment):
+                changed = True
+                self._take_in(segment, frames)
         except OSError:
             self._lose([segment.number])
             return True
-        if damage is not None:
-            text = f"rows of namespace {self.namespace!r} count as missing: {damage} ({segment.name.log})"
-            self._damages.append(text)
         return changed
 
-    def _take_in(self, segment: Segment, frames: list[Frame]) -> None:
+    def _take_in(self, segment: Segment, frames: Sequence[Frame]) -> None:
         """Frames of one kind."""
         joined = b"".join([frame.keys for frame in frames])
         counts = [frame.count for frame in frames]
@@ -366,11 +303,9 @@ class Reading:
             for number in numbers:
                 self._segments[number].closed = True
                 self._remove(self._segments[number])
-            self._listed = None
 
     def _remove(self, segment: Segment) -> None:
-        self._segments.pop(segment.number, None)
-        self._names.pop(segment.name, None)
+        self._segments.remove(segment)
         group = self._groups[segment.layout]
         group.drop(segment, self._descriptors)
         if not group.segments:
