@@ -510,3 +510,30 @@ def test_a_closed_cache_gives_its_store_back(model, tmp_path):
     cache_of(model).close()
     assert cache_of(model).store is not store
     torch.testing.assert_close(model(BATCH), expected)
+
+
+class Dropped(nn.Module):
+    """Skips layers in some steps of training, as layer drop does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.skipped = ()
+
+    def forward(self, x):
+        for number, layer in enumerate(self.layers):
+            if not (self.training and number in self.skipped):
+                x = layer(x)
+        return torch.dropout(x, 0.1, self.training)
+
+
+@pytest.mark.parametrize(("skipped", "why"), [((1, 2), "layers.1 was not called"), ((1,), "layer drop")])
+def test_a_call_in_which_the_cut_is_dropped_is_refused_as_such(skipped, why):
+    """When the cut is skipped in a call, the reason is that, and not that a value goes around it."""
+    model = recycle(Dropped(), at="layers.1", batch=(torch.eye(4),)).train()
+    model.skipped = skipped
+    with pytest.raises(CutError, match=why) as raised:
+        model(torch.eye(4))
+    assert "extra=True" not in str(raised.value)
+    model.skipped = ()
+    assert model(torch.eye(4)).requires_grad

@@ -204,6 +204,8 @@ class Resuming:
                     output = call.forward(shadow.root, *arguments.args, **arguments.kwargs)
                 finally:
                     run.unwatch()
+                if not run.reached and run.error is None:
+                    raise run.failed(_not_called(plan))
                 output = mapped(output, unwrapped, Ghost)
                 fill_inside(output, unwrapped, Ghost)
         except Exception:
@@ -214,14 +216,16 @@ class Resuming:
             news = shadow.hand_back()
         if run.error is not None:
             raise run.error
-        if not run.reached:
-            raise CutError(
-                f"{plan.at} was not called on this call, though it was when such a call was probed: it is skipped "
-                "by chance (layer drop), in training, or by values. Switch that off, or cut at another submodule."
-            )
         for new in news:
             refuse_feeding(plan, shadow, call.forward, call.asked, new)
         return output
+
+
+def _not_called(plan: Plan) -> CutError:
+    return CutError(
+        f"{plan.at} was not called on this call, though it was when such a call was probed: it is skipped by chance "
+        "(layer drop), in training, or by values. Switch that off, or cut at another submodule."
+    )
 
 
 def _stored_tensors(plan: Plan, shapes: Shapes, stored: Any) -> Iterator[tuple[Step | Origin, torch.Tensor]]:
