@@ -113,7 +113,7 @@ class Parted:
                 for name in mine:  # those of an ancestor that feed the cut may have been exchanged
                     mine[name] = vars(original)[kind].get(name)
         for place, (original, copied) in enumerate(self._pairs):
-            if written or not _same_fields(vars(original), vars(copied), self._known[place]):
+            if not _same_fields(vars(original), vars(copied), self._known[place]):
                 self._known[place] = _take_over(original, copied, written)
 
 
