@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from functools import partial
@@ -33,7 +35,7 @@ from .succession import Succession
 from .theirs import is_meant, noting
 from .undisturbed import undisturbed
 
-__all__ = ["Attached"]
+__all__ = ["Attached", "forward_of"]
 
 _LARGE = 256 << 20
 """Bytes of weights up to which they are digested at once (some 20 ms), so that a state that comes back is known."""
@@ -169,11 +171,11 @@ class Attached:
         """Names the arguments of a call: they are those of ``prepare``, or of the forward."""
         if self._binder is None:
             # None stands for self.
-            self._binder = Binder(self.requested.prepare or self.inside or partial(original.forward, None))
+            self._binder = Binder(self.requested.prepare or self.inside or partial(forward_of(original), None))
         return self._binder
 
     def _run(self, module: nn.Module, original: type[nn.Module]) -> Callable[..., Any]:
-        return noting(partial(original.forward, module) if self.inside is None else self.inside)
+        return noting(partial(forward_of(original), module) if self.inside is None else self.inside)
 
     def _given(self, keys: object) -> Given | None:
         if keys is not None:
@@ -317,6 +319,23 @@ class Attached:
         self.memo.store.flush()
         if self.requested.store is None or isinstance(self.requested.store, str):
             self.memo.leave_store()  # its own, unless a copy of the module shares it
+
+
+def forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a class as a function of the module and its arguments, whatever kind of attribute it is."""
+    found = inspect.getattr_static(cls, "forward")
+    if not isinstance(found, staticmethod | classmethod | property):
+        return cls.forward
+
+    def forward(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        return found.__get__(self, type(self))(*args, **kwargs)
+
+    if not isinstance(found, property):
+        functools.update_wrapper(forward, found.__func__)
+        of_its_own = list(inspect.signature(found.__get__(None, cls)).parameters.values())
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        forward.__signature__ = inspect.Signature([own, *of_its_own])  # type: ignore[attr-defined]
+    return forward
 
 
 def _own_failure(error: Exception) -> Bypass:

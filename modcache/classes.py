@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .attached import Attached
+from .attached import Attached, forward_of
 from .errors import UsageError
 
 __all__ = [
@@ -103,7 +104,7 @@ def undone_class(decorated: type[nn.Module]) -> type[nn.Module]:
                 self.__class__ = decorated  # `type(module)(...)` asks for a new module, like any of its class
             decorated.__init__(self, *args, **kwargs)
 
-        body = {"forward": cls.forward, "train": cls.train, "_apply": cls._apply, "__init__": __init__}
+        body = {"forward": forward_of(cls), "train": cls.train, "_apply": cls._apply, "__init__": __init__}
         body["__reduce_ex__"] = reduced_by(decorated, undone_class, _new_undone)
         made = subclass(decorated, {**body, "_modcache_original": cls, "_modcache_before": decorated})
         _undone[decorated] = weakref.ref(made)
@@ -122,7 +123,7 @@ def class_before(cls: type) -> type[nn.Module] | None:
 def _refuse_own_name_in_super(cls: type) -> None:
     """``super(Name, self)`` would find the cached class under its name, and call itself without end."""
     for name, value in vars(cls).items():
-        code = getattr(value, "__code__", None)
+        code = getattr(inspect.unwrap(getattr(value, "__func__", value)), "__code__", None)
         if code is not None and {"super", cls.__name__} <= {*code.co_names, *code.co_freevars}:
             raise UsageError(
                 f"{cls.__name__}.{name} says super({cls.__name__}, ...), but once decorated that name means the cached "
@@ -146,17 +147,25 @@ def subclass(cls: type[nn.Module], more: dict[str, Any]) -> type[nn.Module]:
         body["recompile"] = _recompile(cls)
     if (become := getattr(cls, "cls_to_become", None)) is not None:
         body["cls_to_become"] = cached_class(become)  # a lazy module stays wrapped when it materialises
-    made: type[nn.Module] = type(cls)(cls.__name__, (cls,), body)  # type: ignore[misc]  # of its own metaclass
+    made: type[nn.Module] = type(cls)(cls.__name__, (_Quiet, cls), body)  # type: ignore[misc]  # of its own metaclass
+    made.__bases__ = (cls,)
     return made
 
 
+class _Quiet:
+    """Stands first while a class is made, so that no ``__init_subclass__`` of the user's hears of it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register nothing."""
+
+
 def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
-    @functools.wraps(cls.forward)
+    @functools.wraps(forward_of(cls))
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             if _is_exporting():
                 kwargs.pop("cache_keys", None)
-                return cls.forward(self, *args, **kwargs)
+                return forward_of(cls)(self, *args, **kwargs)
             return _outside_the_graph(self, cls, args, kwargs)
         attached: Any = self.__dict__.get(ATTACHED) or attached_to(self)
         return attached.forward(self, cls, args, kwargs)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 from torch import nn
 
-from .attached import Attached
+from .attached import Attached, forward_of
 from .classes import (
     ATTACHED,
     attached_to,
@@ -127,7 +127,7 @@ def _wrap_instance(module: nn.Module, requested: Requested) -> nn.Module:
     except TypeError as error:  # an __init_subclass__ with arguments, a final class
         raise UsageTypeError(f"cached_module(...) cannot derive from {cls.__name__}: {error}") from None
     module.__dict__.pop("forward", None)
-    module.__class__ = made
+    object.__setattr__(module, "__class__", made)  # its own might refuse
     module.__dict__[ATTACHED] = attached
     _ready(module, attached)
     return module
@@ -137,7 +137,7 @@ def _wrap_class(cls: type[nn.Module], requested: Requested) -> type[nn.Module]:
     if is_cached(cls):
         raise UsageError(f"the class {cls.__name__} is cached already; cached_module(...) takes a class once")
 
-    check_names(cls.forward, requested)
+    check_names(partial(forward_of(cls), None), requested)
 
     def attach(module: nn.Module) -> Attached:
         attached = Attached(cls.__name__, requested)
@@ -237,7 +237,7 @@ def uncached(module: M) -> M:
             f"{cls.__name__} since; take that away first."
         )
     hung = attached_to(module)
-    module.__class__ = undone_class(cls) if is_decorated(cls) else original
+    object.__setattr__(module, "__class__", undone_class(cls) if is_decorated(cls) else original)
     del module.__dict__[ATTACHED]
     if not isinstance(hung, Attached):
         hung.undo(module)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from modcache import CacheWarning, cache_of, cached_module, is_cached, uncached
+from modcache import CacheWarning, UsageError, cache_of, cached_module, is_cached, uncached
 
 from .models import CountingEncoder, encoder
 
@@ -98,3 +98,87 @@ def test_what_is_made_trainable_on_purpose_stays_so():
         with pytest.warns(CacheWarning, match=f"{name} is trainable .* after freeze=True: call requires_grad_"):
             module(torch.eye(3))
         assert cache_of(module).stats.bypassed == 3
+
+
+class Static(nn.Module):
+    @staticmethod
+    def forward(x, scale=2):
+        return x * scale
+
+
+class OfTheClass(nn.Module):
+    rate = 3
+
+    @classmethod
+    def forward(cls, x):
+        return x * cls.rate
+
+
+class Chosen(nn.Module):
+    @property
+    def forward(self):
+        return self.scaled
+
+    def scaled(self, x):
+        return x * 5
+
+
+@pytest.mark.parametrize("decorated", [False, True], ids=["instance", "class"])
+@pytest.mark.parametrize("cls", [Static, OfTheClass, Chosen])
+def test_a_forward_may_be_any_kind_of_attribute(cls, decorated):
+    """What runs as a plain module runs as a cached one."""
+    module = cached_module(freeze=True)(cls)() if decorated else cached_module(cls(), freeze=True)
+    batch = torch.eye(3)
+    for _ in range(2):
+        assert torch.equal(module(batch), cls()(batch))
+    assert cache_of(module).stats.hits == 3
+    assert torch.equal(uncached(module)(batch), cls()(batch))
+
+
+def test_wrapping_registers_no_subclass():
+    """A class that keeps book of its subclasses hears nothing of those that are made here, nor what it asks of them."""
+    known = {}
+
+    class Registered(nn.Linear):
+        def __init_subclass__(cls, *, name, **more):
+            super().__init_subclass__(**more)
+            known[name] = cls
+
+    class Own(Registered, name="own"):
+        pass
+
+    for module in (cached_module(Own(3, 2), freeze=True), cached_module(freeze=True)(Own)(3, 2)):
+        assert module(torch.eye(3)).shape == (3, 2)
+        assert isinstance(module, Own)
+        assert type(module).__mro__[1] is Own
+    assert known == {"own": Own}
+
+
+def test_a_module_that_takes_no_attributes():
+    """Its class is changed all the same, and back."""
+
+    class Closed(nn.Linear):
+        def __setattr__(self, name, value):
+            if vars(self).get("closed"):
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    module = Closed(3, 2).requires_grad_(False).eval()
+    module.closed = True
+    cached_module(module)
+    module(torch.eye(3))
+    module(torch.eye(3))
+    assert cache_of(module).stats.hits == 3
+    assert type(uncached(module)) is Closed
+
+
+def test_its_own_name_in_super_is_seen_behind_a_decorator():
+    """Once decorated the name means the cached class, which such a method would call without end."""
+
+    class Named(nn.Linear):
+        @torch.no_grad()
+        def forward(self, x):
+            return super(Named, self).forward(x)  # noqa: UP008 - as older code says it
+
+    with pytest.raises(UsageError, match=r"Named.forward says super\(Named, ...\)"):
+        cached_module(Named)

@@ -404,9 +404,14 @@ def test_writes_into_a_tensor_inside_of_an_argument():
 def test_a_failed_wrap_changes_nothing():
     """A class that cannot be derived from is refused, and keeps the forward that was patched on the instance."""
 
-    class Tagged(nn.Linear):
-        def __init_subclass__(cls, *, tag):
-            pass
+    class Final(type):
+        def __new__(cls, name, bases, body):
+            if any(isinstance(base, Final) for base in bases):
+                raise TypeError(f"{name} is final")
+            return super().__new__(cls, name, bases, body)
+
+    class Tagged(nn.Linear, metaclass=Final):
+        pass
 
     layer = Tagged(4, 3)
     layer.forward = patched = lambda x: x
