@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from .frames import ROWS_HEAD_BYTES, frames_behind, is_whole, parse_frames
+from .frames import ROWS, ROWS_HEAD_BYTES, frames_behind, is_whole, parse_frames
 from .segment import read_all, read_header
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def damage_behind(directory: Directory, segment: Segment) -> str | None:
     """What was damaged behind the last commit of a segment that can be believed; None where nothing was.
 
     A writer that was killed leaves rows without a commit, and perhaps the beginning of a commit. A whole commit that
-    is not right, or whose rows are not there, is damage; and so is anything that a writer left who ended in order.
+    is not right, or whose rows are not there, is damage; and so are rows without a commit of a writer that ended in
+    order.
 
     Raises:
         OSError: it cannot be read, or is gone.
@@ -39,13 +40,14 @@ def damage_behind(directory: Directory, segment: Segment) -> str | None:
     here = segment.segment, segment.log_end
     if parse_frames(data, *here, segment.committed, most)[0]:
         return None  # it ended just now; the next look finds the rest
-    ended = writer not in directory.writers()
+    lost = segment.committed < most < _MANY and writer not in directory.writers()
     if not data.strip(b"\0"):  # a system that lost power may leave zeros
-        return "commits are missing at the end of its log" if ended and rows_bytes > segment.file_bytes else None
+        return "commits are missing at the end of its log" if lost else None
     behind = frames_behind(data, *here, _MANY)
-    if any(ROWS_HEAD_BYTES + (frame.first + frame.count) * segment.row_bytes > rows_bytes for frame in behind):
+    ends = (ROWS_HEAD_BYTES + (frame.first + frame.count) * segment.row_bytes for frame in behind if frame.kind == ROWS)
+    if any(end > rows_bytes for end in ends):
         return "its rows file is cut off"
-    return "a commit in its log is damaged or cut off" if ended or behind or is_whole(data) else None
+    return "a commit in its log is damaged or cut off" if lost or behind or is_whole(data) else None
 
 
 def is_cut_off(directory: Directory, folder: str, name: SegmentName) -> bool:
