@@ -13,7 +13,7 @@ class Sheet:
     """A call that was not resumed yet."""
 
     def __init__(self, **values):
-        self.reached, self.touched, self.values, self.errors = False, set(), values, []
+        self.reached, self.derived, self.touched, self.values, self.errors = False, False, set(), values, []
 
     def value_of(self, origin, ghost):
         if origin.path in self.values:

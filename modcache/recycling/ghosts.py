@@ -26,6 +26,7 @@ class Ghost(torch.Tensor):
     value: torch.Tensor | None = None
     meta: torch.Tensor | None = None
     wants_grad: bool = False
+    _bound_at: int = 0
 
     @staticmethod
     def __new__(cls, sheet: Sheet, spec: Spec, source: Origin | Derived, meta: torch.Tensor | None = None) -> Self:
@@ -37,6 +38,21 @@ class Ghost(torch.Tensor):
         if meta is not None:
             made.meta = meta
         return made  # type: ignore[no-any-return]
+
+    def bind(self, value: torch.Tensor) -> torch.Tensor:
+        """Be this tensor from now on."""
+        if value.is_inference() and self.sheet.derived:  # which would not show that it is written in place
+            with torch.inference_mode(False):
+                value = value.clone()
+        self.value = value
+        self._bound_at = 0 if value.is_inference() else value._version
+        return value
+
+    def is_written(self, before: int) -> bool:
+        """Whether it was written in place since it had been so often, or since it is bound."""
+        if self.meta is not None and self.meta._version != before:
+            return True
+        return self.value is not None and not self.value.is_inference() and self.value._version != self._bound_at
 
     def __repr__(self) -> str:  # type: ignore[override]
         """Readable, without a value."""
@@ -184,7 +200,7 @@ def _imagined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
                         "computed cannot be written. Cut at a later submodule."
                     )
                 )
-            sheet.touched.add(meta.untyped_storage()._cdata)
+            sheet.touched.add(_memory(meta))
     versions = tuple(
         (tensor, tensor._version) for tensor, _, _ in metas if type(tensor) is not Ghost and not tensor.is_inference()
     )
@@ -194,8 +210,11 @@ def _imagined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     def to_ghost(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) in known:
             return known[id(tensor)]
-        spec = spec_of(tensor)._replace(device=device)
-        source = Derived(func, args, kwargs, places[id(tensor)], versions, around, chance)
+        spec, memory = spec_of(tensor)._replace(device=device), _memory(tensor)
+        others = [(one, meta) for one, meta, _ in metas if type(one) is Ghost and _memory(meta) != memory]
+        written = tuple((one, meta._version) for one, meta in others)
+        source = Derived(func, args, kwargs, places[id(tensor)], versions, written, around, chance)
+        sheet.derived = True
         return Ghost(sheet, spec, source, tensor)
 
     return mapped(result, to_ghost)
@@ -236,11 +255,8 @@ def _demanded(
     sheet: Sheet, func: Callable[..., Any], args: Any, kwargs: Any, error: Exception | None = None
 ) -> CutError:
     names = sorted({str(ghost.source) for _, ghost in located((args, dict(kwargs)), Ghost)})
-    why = (
-        ""
-        if error is None
-        else f" ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})"
-    )
+    first = [] if error is None else str(error).strip().splitlines()[:1]
+    why = "" if error is None else f" ({type(error).__name__}: {''.join(first)})"
     return sheet.failed(
         CutError(
             f"before the cut, the model's own code asks for values of {' and '.join(names)} by {name_of(func)}(...)"
@@ -258,17 +274,18 @@ def _force(ghost: Ghost) -> torch.Tensor:
     if ghost.value is not None:
         return ghost.value
     sheet, source = ghost.sheet, ghost.source
-    if ghost.meta is not None and ghost.meta.untyped_storage()._cdata in sheet.touched:
+    if isinstance(source, Origin):
+        return ghost.bind(sheet.value_of(source, ghost))  # as it is at the cut, whatever was written into it before
+    if ghost.meta is not None and _memory(ghost.meta) in sheet.touched:
         raise sheet.failed(
             CutError(
                 f"{source} was written in place before the cut and is used again after it by another name. Its "
                 "value at that time is not stored. Cut at a later submodule."
             )
         )
-    if isinstance(source, Origin):
-        ghost.value = sheet.value_of(source, ghost)
-        return ghost.value
-    if any(tensor._version != version for tensor, version in source.versions):
+    like = name_of(source.func) in LIKE
+    changed = any(tensor._version != version for tensor, version in source.versions)
+    if changed or (not like and any(other.is_written(before) for other, before in source.written)):
         raise sheet.failed(CutError(f"{source} is used after the cut, but what it is made of was changed meanwhile."))
     if source.chance is not None and not torch.equal(source.chance, chance_of(_spec(ghost).device)):
         raise sheet.failed(
@@ -278,10 +295,12 @@ def _force(ghost: Ghost) -> torch.Tensor:
             )
         )
     with under(source.around):
-        if name_of(source.func) in LIKE:
+        if like:
             result = _like(source.func, source.args, dict(source.kwargs))
         else:
             result = source.func(*mapped(source.args, unwrapped), **mapped(dict(source.kwargs), unwrapped))
-    value: Any = dict(located(result))[source.place]
-    ghost.value = value
-    return ghost.value
+    return ghost.bind(dict(located(result))[source.place])
+
+
+def _memory(meta: torch.Tensor) -> int:
+    return int(meta.untyped_storage()._cdata)

@@ -52,6 +52,7 @@ class Derived(NamedTuple):
         kwargs: what it was given by name.
         place: of the ghost in what it gives.
         versions: of the tensors among the arguments that have values already.
+        written: how often ghosts among them were written in place before; not those whose memory it shares.
         around: grad mode and autocast, as the model's own code had them.
         chance: the state of the random numbers, if it draws some.
     """
@@ -61,6 +62,7 @@ class Derived(NamedTuple):
     kwargs: Mapping[str, Any]
     place: Step
     versions: tuple[tuple[torch.Tensor, int], ...]
+    written: tuple[tuple[Ghost, int], ...]
     around: Around
     chance: torch.Tensor | None
 
@@ -77,6 +79,8 @@ class Sheet(Protocol):
     """Whether the cut was reached, so that ghosts must have values."""
     touched: set[int]
     """Memory (of the meta device) that was written in place."""
+    derived: bool
+    """Whether any ghost was made of others."""
 
     error: CutError | None
     """The first error."""

@@ -188,6 +188,7 @@ class Resume:
         self._counts: dict[str, int] = {}
         self.reached = False
         self.touched: set[int] = set()
+        self.derived = False
         self.error: CutError | None = None
         self.needed: dict[Origin, None] = {}
         self.ghostly: tuple[Step, ...] = ()
@@ -249,7 +250,7 @@ class Resume:
                 CutError(f"{path} is given other tensors from before the cut than when this kind of call was probed.")
             )
         for step, ghost in ghosts:
-            ghost.value = self._values[step].requires_grad_() if ghost.wants_grad else self._values[step]
+            ghost.bind(self._values[step].requires_grad_() if ghost.wants_grad else self._values[step])
         self.reached = True
 
     def watch(self) -> None:
