@@ -316,7 +316,7 @@ class Attached:
     def close(self) -> None:
         """Run uncached from now on."""
         self.closed = True
-        self.memo.store.flush()
+        self.memo.flush()
         if self.requested.store is None or isinstance(self.requested.store, str):
             self.memo.leave_store()  # its own, unless a copy of the module shares it
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -61,11 +62,14 @@ def cached_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def decorated_class(cls: type[nn.Module], attach: Attach) -> type[nn.Module]:
     """The class that replaces a decorated one; ``attach`` readies each of its instances."""
-    _refuse_own_name_in_super(cls)
+    saying = _saying_own_name(cls)
+    _refuse_own_name(cls, saying)
 
     def attaching(init: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(init)
         def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is the class's own
+            if saying:  # the name may have been bound to the cached class since
+                _refuse_own_name(cls, saying)
             init(self, *args, **kwargs)
             # The outermost one only: within it, the instance is not yet complete.
             if type(self).__init__ is __init__ and ATTACHED not in self.__dict__:
@@ -120,15 +124,39 @@ def class_before(cls: type) -> type[nn.Module] | None:
     return found
 
 
-def _refuse_own_name_in_super(cls: type) -> None:
-    """``super(Name, self)`` would find the cached class under its name, and call itself without end."""
+def _saying_own_name(cls: type) -> dict[str, types.FunctionType]:
+    """The functions in the body of a class that say ``super(Name, ...)`` with its own name."""
+    found = {}
     for name, value in vars(cls).items():
-        code = getattr(inspect.unwrap(getattr(value, "__func__", value)), "__code__", None)
+        function = inspect.unwrap(getattr(value, "__func__", value))
+        code = getattr(function, "__code__", None)
         if code is not None and {"super", cls.__name__} <= {*code.co_names, *code.co_freevars}:
+            found[name] = function
+    return found
+
+
+def _refuse_own_name(cls: type, functions: dict[str, types.FunctionType]) -> None:
+    """``super(Name, self)`` would call itself without end where the name means the cached class.
+
+    It does once it is bound to that: a decorator is called before, so the name means nothing then, or another class.
+    """
+    for name, function in functions.items():
+        if _meant(function, cls.__name__) is not cls:
             raise UsageError(
                 f"{cls.__name__}.{name} says super({cls.__name__}, ...), but once decorated that name means the cached "
                 "class. Write super(), or wrap instances: cached_module(module)."
             )
+
+
+def _meant(function: types.FunctionType, name: str) -> object:
+    """What a name in a function means now; None if it means nothing yet."""
+    if name not in function.__code__.co_freevars:
+        return function.__globals__.get(name)
+    cell = (function.__closure__ or ())[function.__code__.co_freevars.index(name)]
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
 
 
 def subclass(cls: type[nn.Module], more: dict[str, Any]) -> type[nn.Module]:

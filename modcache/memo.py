@@ -220,6 +220,10 @@ class Memo:
         """How many rows were served so far."""
         return self._counters.hits
 
+    def flush(self) -> None:
+        """Wait until what was stored would survive the process; the run goes on if it fails."""
+        self._guarded("writing", self.store.flush)
+
     def leave_store(self) -> None:
         """Keep nothing of the store, so that it can be given back."""
         self.store = MemoryStore()

@@ -242,6 +242,7 @@ def uncached(module: M) -> M:
     if not isinstance(hung, Attached):
         hung.undo(module)
         return module
+    hung.memo.flush()  # whoever wraps it again, with the same directory, finds its rows
     if hung.inside is not None:
         module.__dict__["forward"] = hung.inside
     if hung.before is not None:
