@@ -174,7 +174,6 @@ def test_a_module_that_takes_no_attributes():
 
 def test_its_own_name_in_super_is_seen_behind_a_decorator():
     """Once decorated the name means the cached class, which such a method would call without end."""
-
     with pytest.raises(UsageError, match=r"Named.forward says super\(Named, ...\)"):
 
         @cached_module
