@@ -1391,7 +1391,7 @@ def test_the_folder_that_settings_came_from_is_no_content():
     for kind in (Settings, dict):
         for folder, rate in (("a", 1), ("b", 1), ("b", 2)):
             module = frozen(nn.Identity())
-            module.config = kind(_name_or_path=folder, _diffusers_version=folder, rate=rate)
+            module.config = kind(_name_or_path=folder, _use_default_values=[folder], rate=rate)
             digests[kind, folder, rate] = Followed(module).identity.fingerprint(module).digest
     assert digests[Settings, "a", 1] == digests[Settings, "b", 1]
     assert len(set(digests.values())) == 5

@@ -33,9 +33,10 @@ _DEPTH = 64
 _ITEMS = 1 << 12  # of one container; one of more is read in bulk if it can be
 _OBJECTS = 1 << 12  # reached from one attribute; the others count by class
 
-# Where a model came from is not what it is: moving a folder must not empty a cache.
+# Where a model came from is not what it is: moving a folder must not empty a cache. The last is how diffusers lists, in
+# the order of a set, which settings its file did not have.
 ORIGIN_NAMES = frozenset(
-    {"_name_or_path", "name_or_path", "transformers_version", "_diffusers_version", "_commit_hash"}
+    """_name_or_path name_or_path transformers_version _diffusers_version _commit_hash _use_default_values""".split()
 )
 
 _OPAQUE_BASES = frozenset(
