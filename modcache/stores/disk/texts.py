@@ -55,7 +55,11 @@ class TextCache(diskcache.Cache):  # type: ignore[misc]
     """
 
     def __init__(self, directory: str, timeout: float) -> None:
-        super().__init__(directory, timeout=timeout, disk=_Texts, **SETTINGS)
+        try:
+            super().__init__(directory, timeout=timeout, disk=_Texts, **SETTINGS)
+        except BaseException:
+            self.close()  # nobody else can, and from Python 3.13 on a connection left open is warned of
+            raise
 
     def reset(self, key: str, value: Any = diskcache.core.ENOVAL, update: bool = True) -> Any:
         """As diskcache's, which every setting goes through, also those that it found in the file."""
