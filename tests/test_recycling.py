@@ -537,3 +537,25 @@ def test_a_call_in_which_the_cut_is_dropped_is_refused_as_such(skipped, why):
     assert "extra=True" not in str(raised.value)
     model.skipped = ()
     assert model(torch.eye(4)).requires_grad
+
+
+class Dense(nn.ModuleDict):
+    """A block that is a mapping of layers, and is called."""
+
+    def forward(self, x):
+        for layer in self.values():
+            x = x + layer(x)
+        return x
+
+
+def test_a_list_of_modules_that_has_a_forward_is_a_module():
+    """What is called can be a cut, whatever it derives from; what is not says so."""
+    model = nn.Sequential(nn.Linear(3, 3), Dense({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}), nn.ModuleList()).eval()
+    plain = copy.deepcopy(model[:2])
+    recycled = recycle(model[:2], at="1")
+    batch = torch.randn(4, 3)
+    for _ in range(2):
+        assert torch.equal(recycled(batch), plain(batch))
+    assert cache_of(recycled).stats.hits == 4
+    with pytest.raises(CutError, match="2 is a ModuleList, which is never called"):
+        recycle(model, at="2")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from ..errors import CutError, UsageTypeError
+from ..recycling.classes import is_never_called
 
 __all__ = ["blocks_of", "named_candidates"]
 
@@ -91,7 +92,7 @@ def named_candidates(model: nn.Module, candidates: Iterable[str]) -> tuple[str, 
                 f"advise(...) was asked about {name!r}, but {type(model).__name__} has no such submodule{hint}. "
                 "Give names as in named_modules()."
             )
-        if isinstance(modules[name], _LISTS):
+        if is_never_called(modules[name]):
             raise CutError(
                 f"advise(...) was asked about {name!r}, a {type(modules[name]).__name__}, which is never called. "
                 "Ask about its children."

@@ -13,7 +13,7 @@ from ..attached import Attached
 from ..classes import ATTACHED, original_class
 from ..errors import CutError, UsageError, UsageTypeError
 from ..requested import requested_of
-from .classes import recycled_class
+from .classes import is_never_called, recycled_class
 from .distributed import reducer_around
 from .plan import Asking
 from .recycled import Recycled
@@ -165,7 +165,7 @@ def check_model(model: nn.Module, at: str, moved: Recycled | None) -> None:
         found = f"{name} has no submodule {at!r}{hint}" if at else f"{name} cannot be cut at itself"
         raise CutError(f"{found}. Give the name of a submodule, as in named_modules().")
     cut = modules[at]
-    if isinstance(cut, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+    if is_never_called(cut):
         raise CutError(f"{at} is a {type(cut).__name__}, which is never called. Cut at one of its children.")
     for path, module in modules.items():
         if module is not cut and any(child is cut for child in module.modules()):

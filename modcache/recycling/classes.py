@@ -12,7 +12,7 @@ from torch import nn
 
 from ..classes import ATTACHED, noticed_apply, reduced_by, subclass
 
-__all__ = ["recycled_class"]
+__all__ = ["is_never_called", "recycled_class"]
 
 _made: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
 
@@ -39,6 +39,11 @@ def recycled_class(cls: type[nn.Module]) -> type[nn.Module]:
         made = subclass(cls, body)
         _made[cls] = weakref.ref(made)
     return made
+
+
+def is_never_called(module: nn.Module) -> bool:
+    """Whether a module only holds others, as a plain list or mapping of modules does: it has no forward."""
+    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 
 def _forward(cls: type[nn.Module]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..classes import original_class
 from ..errors import CutError
+from .classes import is_never_called
 from .ghosts import Ghost, filled, settled
 from .trees import mapped
 
@@ -171,7 +172,8 @@ class Shadow:
         if found is None:
             if id(module) in self._own or "_modcache_gate" in vars(type(module)):
                 return module
-            if id(module) in self._above or isinstance(module, nn.ModuleList | nn.ModuleDict):
+            held = isinstance(module, nn.ModuleList | nn.ModuleDict) and is_never_called(module)
+            if id(module) in self._above or held:
                 return self._copy(module)
             found = self._gate(module)
         return found
