@@ -113,3 +113,28 @@ def test_an_empty_answer_and_one_of_two_layouts_are_right():
     assert look_up_in(store)("n", [b"a" * 16, b"b" * 16, b"c" * 16]) is answer
     store.change = lambda found: ()
     assert look_up_in(store)("n", [b"a" * 16]) == ()
+
+
+def told_otherwise(tree):
+    return each(lambda part: Found(part.positions, Rows(Layout(tree, part.rows.layout.leaves), part.rows.tensors)))
+
+
+@pytest.mark.parametrize("tree", ["nonsense", '["named", "nowhere", "Output", [["a", ["leaf"]]]]'])
+@pytest.mark.parametrize("stored", [4, 2], ids=["all rows", "some rows"])
+def test_rows_that_cannot_be_put_together_are_computed(tree, stored):
+    """An output of a class that is not loaded, say: the whole batch is computed, and the rows are stored anew."""
+    store = Theirs()
+    module = cached_module(encoder(), store=store, freeze=True)
+    expected = module(X).clone()
+    if stored < len(X):
+        cache_of(module).forget(X[stored:])
+    before = cache_of(module).stats.computed
+    store.change = told_otherwise(tree)
+    for _ in range(2):
+        assert torch.allclose(module(X), expected)
+        before += len(X)
+        assert cache_of(module).stats.computed == before
+        if stored < len(X):
+            cache_of(module).forget(X[stored:])
+    store.change = lambda found: found
+    assert torch.allclose(module(X), expected)

@@ -79,7 +79,8 @@ class Reading:
         if not complete and self.refresh():
             places, complete = self._said.locate(keys)
         if not complete and self._segments.damages:  # nobody need hear of them as long as no row is missed
-            self.troubles += [("damaged segment", text) for text in self._segments.damages]
+            for text in self._segments.damages:
+                self.troubles.append(("damaged segment", text))
             self._segments.damages = []
         for _ in range(_TRIES):
             found = self._found(keys, places, complete)
