@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from functools import partial
@@ -17,6 +15,7 @@ from .arguments import Arguments, Binder
 from .call import bypass, call
 from .errors import UsageTypeError
 from .fingerprint import UNDETERMINED, Fingerprint, Identity, Standing, context, context_facts
+from .forwards import forward_of
 from .freezing import Before
 from .hit import Missed, Site, hit
 from .keys.keyed import Given
@@ -35,7 +34,7 @@ from .succession import Succession
 from .theirs import is_meant, noting
 from .undisturbed import undisturbed
 
-__all__ = ["Attached", "forward_of"]
+__all__ = ["Attached"]
 
 _LARGE = 256 << 20
 """Bytes of weights up to which they are digested at once (some 20 ms), so that a state that comes back is known."""
@@ -319,23 +318,6 @@ class Attached:
         self.memo.flush()
         if self.requested.store is None or isinstance(self.requested.store, str):
             self.memo.leave_store()  # its own, unless a copy of the module shares it
-
-
-def forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of a class as a function of the module and its arguments, whatever kind of attribute it is."""
-    found = inspect.getattr_static(cls, "forward")
-    if not isinstance(found, staticmethod | classmethod | property):
-        return cls.forward
-
-    def forward(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        return found.__get__(self, type(self))(*args, **kwargs)
-
-    if not isinstance(found, property):
-        functools.update_wrapper(forward, found.__func__)
-        of_its_own = list(inspect.signature(found.__get__(None, cls)).parameters.values())
-        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        forward.__signature__ = inspect.Signature([own, *of_its_own])  # type: ignore[attr-defined]
-    return forward
 
 
 def _own_failure(error: Exception) -> Bypass:

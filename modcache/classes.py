@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .attached import Attached, forward_of
+from .attached import Attached
 from .errors import UsageError
+from .forwards import forward_of
 
 __all__ = [
     "ATTACHED",

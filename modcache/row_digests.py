@@ -16,7 +16,7 @@ import torch
 from .digest import digest
 from .tensors import memory_of, plain_memory, settled
 
-__all__ = ["plain_row_digests", "row_digests", "tensor_row_digests"]
+__all__ = ["plain_row_digests", "processors", "row_digests", "tensor_row_digests"]
 
 _LARGE_ROW = 1 << 10  # from here on a slice of a memoryview is cheaper than struct.unpack (measured)
 _KNOWN_SLICES = 1 << 10  # rows whose slices are kept: some 100 KB a form
@@ -83,7 +83,7 @@ def _row_slices(width: int, count: int) -> Callable[[memoryview], tuple[memoryvi
 
 def row_digests(memory: memoryview, count: int, width: int, seed: int) -> list[bytes]:
     """One digest for each of ``count`` rows of ``width`` bytes that lie behind each other in ``memory``."""
-    if count * width >= _THREADED_BATCH and (threads := _threads()) > 1:
+    if count * width >= _THREADED_BATCH and (threads := processors()) > 1:
         return _threaded_row_digests(memory, count, width, seed, threads)
     rows: Iterable[bytes | memoryview]
     if 0 < width < _LARGE_ROW:
@@ -98,7 +98,8 @@ def row_digests(memory: memoryview, count: int, width: int, seed: int) -> list[b
 # --- threads for large batches --------------------------------------------------------------------------
 
 
-def _threads() -> int:
+def processors() -> int:
+    """How many threads of this process may read memory at once; it is not quicker for more than four."""
     try:
         return min(len(os.sched_getaffinity(0)), 4)
     except AttributeError:  # not on macOS and Windows

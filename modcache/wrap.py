@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 from torch import nn
 
-from .attached import Attached, forward_of
+from .attached import Attached
 from .classes import (
     ATTACHED,
     attached_to,
@@ -23,6 +23,7 @@ from .classes import (
 )
 from .errors import LayeredError, NotCachedError, UsageError, UsageTypeError
 from .fingerprint import first_in_training
+from .forwards import forward_of
 from .freezing import Before, freeze_module, freeze_replaced, frozen_around, handed_over, parameters_of, thaw
 from .handle import Cache
 from .requested import CacheOptions, Requested, check_names, requested_of

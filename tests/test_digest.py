@@ -441,7 +441,7 @@ def test_paths_agree(width, monkeypatch):
         assert tensor_row_digests(strided, 3) == expected
     for threads in (1, 2, 4):
         monkeypatch.setattr(module, "_THREADED_BATCH", 1)
-        monkeypatch.setattr(module, "_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(module, "processors", lambda threads=threads: threads)
         assert tensor_row_digests(tensor, 3) == expected
         assert tensor_row_digests(strided.contiguous(), 3) == expected
 
@@ -480,20 +480,20 @@ def test_large_batches_really_go_through_threads():
 
     made = module._pool.get()
     pool, module._pool = module._pool, Spy()
-    threads, module._threads = module._threads, lambda: 2
+    threads, module.processors = module.processors, lambda: 2
     try:
         assert tensor_row_digests(tensor, 0) == [digest(bytes(1 << 20))] * 16
     finally:
-        module._pool, module._threads = pool, threads
+        module._pool, module.processors = pool, threads
     assert seen == {(8, 16)}
 
 
 def test_number_of_threads(monkeypatch):
     """At most four, and no more than the processors that the process may use."""
-    assert 1 <= module._threads() <= 4
+    assert 1 <= module.processors() <= 4
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert module._threads() == 1
+    assert module.processors() == 1
 
 
 def test_the_pool_is_made_anew_in_a_child(monkeypatch):

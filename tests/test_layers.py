@@ -11,7 +11,7 @@ import modcache
 PACKAGE = Path(modcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"notices", "tensors", "theirs", "contents", "locks"},
+    {"notices", "tensors", "theirs", "contents", "locks", "forwards"},
     {"digest", "rows", "undisturbed"},
     {"row_digests", "outputs", "stats", "modes", "batch", "cut"},
     {"arguments", "sameness", "selfcheck"},

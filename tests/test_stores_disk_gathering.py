@@ -46,7 +46,7 @@ def written(request, tmp_path_factory):
 @pytest.fixture(params=[1, 2, 4])
 def threads(request, monkeypatch):
     """So many threads, for as few and as small rows as there are."""
-    monkeypatch.setattr(gathering, "_processors", lambda: request.param)
+    monkeypatch.setattr(gathering, "processors", lambda: request.param)
     monkeypatch.setattr(gathering, "_LARGE", 0)
     monkeypatch.setattr(gathering, "_MANY", 0)
     return request.param

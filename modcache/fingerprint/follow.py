@@ -29,11 +29,8 @@ _NO_CONTENT_IN_CLASS = frozenset(
 )
 _CALLED_BY_TORCH = ("forward", "__call__", "__getattr__", "__getattribute__", "__torch_function__")
 _MOST_REPLACED = "scaled_dot_product_attention"
-_BESIDE_CODE = {
-    "__wrapped__",
-    "_torchdynamo_wrapper_id",
-    "_torchdynamo_orig_callable",
-}  # what it wraps is in its closure
+# What is wrapped is in the closure.
+_BESIDE_CODE = frozenset({"__wrapped__", "_torchdynamo_wrapper_id", "_torchdynamo_orig_callable"})
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
 
 

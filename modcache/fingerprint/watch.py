@@ -7,6 +7,7 @@ import enum
 import functools
 import itertools
 import operator
+import types
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -164,7 +165,7 @@ class Watch:
         """
         places: Places = [(_code, function) for function in found.seen.functions.values()]
         theirs = [cls for cls in found.seen.classes.values() if cls not in found.seen.busy and installed_class(cls)]
-        places += [(functools.partial(body_without, names=memoized(cls)), vars(cls)) for cls in theirs]
+        places += [(_body_of(cls), vars(cls)) for cls in theirs]
         places += [(getter(names), vars(found.modules[name])) for name, names in found.idle.items() if name]
         places += [(getter(tuple(names)), namespace) for namespace, names in found.seen.of_libraries.values()]
         places += in_pieces(self._outside.later)
@@ -306,6 +307,12 @@ class Watch:
 
 def _forms_of(tensors: list[torch.Tensor]) -> tuple[list[object], ...]:
     return list(map(_size, tensors)), list(map(_stride, tensors)), list(map(_is_neg, tensors))
+
+
+def _body_of(cls: type) -> Callable[[Any], Iterable[object]]:
+    """Gets what a class defines out of its body."""
+    names = memoized(cls)
+    return functools.partial(body_without, names=names) if names else types.MappingProxyType.values
 
 
 def _single(tensor: torch.Tensor) -> bool:

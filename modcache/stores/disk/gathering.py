@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...digest import checksum
+from ...row_digests import processors
 from .frames import ROWS_HEAD_BYTES
 from .rowfiles import LostError
 from .segment import read_into
@@ -32,7 +33,6 @@ _RUN: Final = 1 << 20  # bytes that are read at once: what is still in the cache
 _MOST_PARTS: Final = 512  # of one read
 _LARGE: Final = 1 << 17  # bytes of a row from which on threads do not wait for each other all the time
 _MANY: Final = 1 << 25  # bytes of all rows from which on a second thread pays
-_THREADS: Final = 4  # memory is not quicker for more
 _ROW_MASK: Final = (1 << ROW_BITS) - 1
 
 _Matrix = npt.NDArray[np.uint8]
@@ -56,7 +56,7 @@ def read_rows(files: RowFiles, places: Places, sizes: Sequence[int], todo: Place
         return columns, [checksum(b"")] * len(todo)
     row_bytes, sums = sum(sizes), dict.fromkeys(todo.tolist(), 0)
     runs = _runs(places, max(1, _RUN // row_bytes) if len(leaves) == 1 else 1)
-    threads = _processors() if row_bytes >= _LARGE and len(places) * row_bytes >= _MANY else 1
+    threads = processors() if row_bytes >= _LARGE and len(places) * row_bytes >= _MANY else 1
     for reads in _reads(runs, places, row_bytes, leaves, files):
         _do_all(functools.partial(_read, row_bytes, sums), deque(reads), threads - 1)
     return columns, list(sums.values())
@@ -177,10 +177,3 @@ def _do_all(act: Callable[[_Read], None], runs: deque[_Read], helpers: int) -> N
             done.acquire()
     if failed:
         raise failed[0]
-
-
-def _processors() -> int:
-    try:
-        return min(len(os.sched_getaffinity(0)), _THREADS)
-    except AttributeError:  # not on macOS
-        return min(os.cpu_count() or 1, _THREADS)
