@@ -15,7 +15,7 @@ from .fingerprint import Fingerprint
 from .notices import log
 from .recipe import Form
 from .stores import Describes, Store
-from .stores.disk.manifest import differences
+from .stores.differing import differences
 from .tensors import NoContentError
 
 __all__ = ["TokenDims", "Word", "facts_of"]

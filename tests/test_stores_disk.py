@@ -19,8 +19,8 @@ import torch
 from modcache import CacheWarning
 from modcache.errors import FormatVersionError, UsageError, UsageTypeError
 from modcache.rows import Layout, Rows
-from modcache.stores import Describes, DiskStore, MemoryStore, TieredStore
-from modcache.stores.disk import group, open_directory
+from modcache.stores import Describes, MemoryStore, TieredStore
+from modcache.stores.disk import DiskStore, group, open_directory
 from modcache.stores.disk import store as disk_store
 from modcache.stores.disk.catalogue import Catalogue
 from modcache.stores.disk.descriptors import Descriptors
@@ -338,7 +338,7 @@ ENDS = """
 import sys
 from multiprocessing import get_context
 from tests.contracts import keys, rows_of
-from modcache.stores import DiskStore
+from modcache.stores.disk import DiskStore
 def fill(path, number):
     DiskStore(path).put("a", keys(*range(number, number + 50)), rows_of(range(number, number + 50)))
 if __name__ == "__main__":

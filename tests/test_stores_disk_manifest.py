@@ -1,4 +1,4 @@
-"""Manifests are written whole, read warily, and tell what differs."""
+"""Manifests are written whole, and read warily."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modcache.stores.disk.manifest import TEMPORARY, differences, read_manifest, write_manifest
+from modcache.stores.disk.manifest import TEMPORARY, read_manifest, write_manifest
 from modcache.stores.disk.names import MANIFEST
 
 FACTS = {"class": "Encoder", "weights": "ab" * 16, "rows": 3, "version": None, "context": {"autocast": "off"}}
@@ -167,60 +167,3 @@ def test_temporary_names_are_known(tmp_path, monkeypatch):
     (left,) = tmp_path.iterdir()
     assert TEMPORARY.fullmatch(left.name)
     assert not TEMPORARY.fullmatch(MANIFEST)
-
-
-# --- what differs ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("mine", "theirs", "expected"),
-    [
-        ({}, {}, ()),
-        ({"weights": "b" * 32}, {}, ("weights",)),
-        ({"dtypes": ["torch.float16"]}, {"dtypes": ["torch.float32"]}, ("dtype float32 -> float16",)),
-        (
-            {"dtypes": ["torch.float16", "torch.float32"]},
-            {"dtypes": ["torch.float32"]},
-            ("dtype float32 -> float16, float32",),
-        ),
-        (
-            {"made_with": {"torch": "2.9", "transformers": "5.0"}},
-            {"made_with": {"torch": "2.9", "transformers": "4.56"}},
-            ("transformers 4.56 -> 5.0",),
-        ),
-        ({"context": {"autocast (cpu)": "off"}}, {"context": {"autocast (cpu)": "on"}}, ("autocast (cpu) on -> off",)),
-        ({"key": "text"}, {"key": "by type"}, ("key by type -> text",)),
-        ({"version": "2"}, {"version": None}, ("version none -> 2",)),
-        ({"key_scheme": 2}, {"key_scheme": 1}, ("key scheme 1 -> 2",)),
-        ({"prepare": "decode"}, {}, ("prepare none -> decode",)),
-        ({"rows": 3, "bytes": 4, "made": "today", "namespace": "x", "checked": {"y": []}}, {}, ()),
-        ({"fingerprint": "1" * 32}, {"fingerprint": "2" * 32}, ("code or configuration",)),
-        ({"fingerprint": "1" * 32, "weights": "1" * 32}, {"fingerprint": "2" * 32, "weights": "2" * 32}, ("weights",)),
-        ({"parts": {"class of x": "1", "x.weight": "2"}}, {"parts": {"class of x": "2"}}, ("class of x",)),
-        (
-            {"parts": {f"class of {n}": "1" for n in range(5)}},
-            {"parts": {}},
-            ("class of 0, class of 1 and 3 more",),
-        ),
-        ({"not_fingerprinted": ["tokenizer"]}, {"not_fingerprinted": []}, ("not_fingerprinted  -> tokenizer",)),
-        ({"key": "x" * 500}, {"key": "y"}, (f"key y -> {'x' * 57}...",)),
-        ({"parts": 3, "context": "odd"}, {"parts": {}, "context": {}}, ("context {} -> odd",)),
-    ],
-)
-def test_differences_are_told(mine, theirs, expected):
-    """Each fact that differs is told once, from what was to what is; digests by their name alone."""
-    assert differences(mine, theirs) == expected
-
-
-@given(st.dictionaries(st.text(max_size=5), plain, max_size=4), st.dictionaries(st.text(max_size=5), plain, max_size=4))
-def test_anything_can_be_compared(mine, theirs):
-    """Whatever somebody wrote into a manifest, comparing raises nothing; the same differs in nothing."""
-    assert all(isinstance(text, str) for text in differences(mine, theirs))
-    assert differences(mine, mine) == ()
-
-
-def test_the_important_comes_first():
-    """The class and the weights are told before versions of libraries."""
-    mine = {"made_with": {"torch": "3"}, "weights": "1" * 32, "class": "B", "added": 1}
-    theirs = {"made_with": {"torch": "2"}, "weights": "2" * 32, "class": "A"}
-    assert differences(mine, theirs) == ("class A -> B", "weights", "added none -> 1", "torch 2 -> 3")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modcache.stores import DiskStore
+from modcache.stores.disk import DiskStore
 from modcache.stores.disk.directory import Directory
 from modcache.stores.disk.names import folder_of
 from modcache.stores.disk.room import Usage, floor_of, grant, looks_of, reserved, take_census, to_drop

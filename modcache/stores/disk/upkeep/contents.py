@@ -11,8 +11,9 @@ from pathlib import Path
 
 from ....errors import UsageError
 from ....rows import Layout
+from ...differing import differences
 from .. import catalogue
-from ..manifest import TEMPORARY, differences
+from ..manifest import TEMPORARY
 from ..names import CATALOGUE, FORMAT_FILE, MANIFEST
 from .reports import LayoutFacts, Listing, NamespaceFacts, Totals, Usage
 from .survey import Folder, Standing, opened, standing_of, survey
