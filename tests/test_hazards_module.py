@@ -820,3 +820,25 @@ def test_types_of_kept_things():
     cached(X)
     assert isinstance(vars(cached), dict)
     assert not any(isinstance(value, types.GeneratorType) for value in vars(cached).values())
+
+
+def test_saving_a_checkpoint_leaves_the_rows_alone(tmp_path):
+    """``save_pretrained`` writes into the configuration of the model in memory: parts that share it still hit."""
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()  # its monitor thread would stay
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.BertModel(transformers.BertConfig(intermediate_size=8, **sizes)).save_pretrained(tmp_path)
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
+    cached_module(model.bert, freeze=True, store=tmp_path / "cache")
+    ids = torch.randint(1, 20, (6, 5))
+    model(ids)
+    for _ in range(6):
+        model.save_pretrained(tmp_path / "checkpoint")
+        model(ids)
+    assert model.config.architectures == ["BertForSequenceClassification"]
+    assert (cache_of(model.bert).stats.computed, cache_of(model.bert).stats.hits) == (6, 36)
+    cache_of(model.bert).close()
+    again = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "checkpoint")
+    cached_module(again.bert, freeze=True, store=tmp_path / "cache")
+    again(ids)
+    assert cache_of(again.bert).stats.hits == 6

@@ -27,17 +27,12 @@ from ..digest import encode, frame
 from ..tensors import NoContentError
 from .code import module_name, of_library, place_of
 from .libraries import said_of, shows_its_fields
+from .origins import ORIGIN_NAMES, as_loaded, origins_in
 from .seen import Seen
 
 _DEPTH = 64
 _ITEMS = 1 << 12  # of one container; one of more is read in bulk if it can be
 _OBJECTS = 1 << 12  # reached from one attribute; the others count by class
-
-# Where a model came from is not what it is: moving a folder must not empty a cache. The last is how diffusers lists, in
-# the order of a set, which settings its file did not have.
-ORIGIN_NAMES = frozenset(
-    """_name_or_path name_or_path transformers_version _diffusers_version _commit_hash _use_default_values""".split()
-)
 
 _OPAQUE_BASES = frozenset(
     {"PreTrainedTokenizerBase", "ProcessorMixin", "FeatureExtractionMixin", "ImageProcessingMixin", "Logger"}
@@ -196,7 +191,7 @@ class ValueReader:
         if slots:
             kept = tuple(name for name in filled if f"{path}.{name}" not in self._bookkeeping)
             self.seen.slotted[id(value)] = value, kept, tuple(name for name in slots if name not in filled)
-        return self.fields({**(fields or {}), **filled}, path)
+        return self.fields(as_loaded(value, {**(fields or {}), **filled}), path)
 
     def fields(self, fields: Mapping[str, object], path: str) -> bytes:
         """Attributes in the order of their names; where they came from does not count."""
@@ -248,7 +243,7 @@ class ValueReader:
         elif isinstance(value, types.MappingProxyType):
             for view in (value.keys(), value.values()):
                 self.seen.sequences[id(view)] = view
-        origins = _origins_in(value, path)
+        origins = origins_in(value, path)
         inside = self._in_bulk(value) or b"".join(
             self.value(key, f"{path} key") + self.value(item, f"{path}[{key!r:.40}]")
             for key, item in value.items()
@@ -320,17 +315,6 @@ def _may_fail(value: object) -> bool:
         return value.__class__ is not cls or not of_library(cls.__module__)
     except Exception:
         return True
-
-
-def _origins_in(value: Mapping[Any, object], path: str) -> frozenset[str]:
-    """The names of items of a mapping that say where a model came from."""
-    if path.endswith((".pretrained_cfg", ".default_cfg")) or path in ("pretrained_cfg", "default_cfg"):
-        return _ORIGINS_IN_TIMM
-    # A class made for settings may hold them, as diffusers has one.
-    return frozenset() if of_library(type(value).__module__) else ORIGIN_NAMES
-
-
-_ORIGINS_IN_TIMM = frozenset({"url", "file", "source", "hf_hub_id", "hf_hub_filename"})
 
 
 def _without(fields: Mapping[str, object], name: str) -> dict[str, object]:

@@ -14,7 +14,7 @@ from ..digest import digest, encode, frame
 from ..tensors import is_readable
 from .code import of_library, place_of
 from .follow import Reader
-from .values import ORIGIN_NAMES
+from .origins import ORIGIN_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
