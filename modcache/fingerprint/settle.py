@@ -48,11 +48,13 @@ def changes(old: Watch, before: Before, found: Walk, new: Watch, weights: Weight
     differing = _differing(before.fields, found.seen.fields)
     places = replaced | {place for place in _deepest(differing) if not _inside(place, replaced)}
     moved = None
+    written = old.written()
     was = {name: (at, leaf) for at, (name, leaf) in enumerate(zip(old.names, old.leaves, strict=True))}
     for at, (name, leaf) in enumerate(zip(new.names, new.leaves, strict=True)):
         if _inside(name, places) or name in places:
             continue
-        if name in was and was[name][1] is leaf and old.stamp(was[name][0]) == new.stamp(at):
+        before_at, same = was.get(name, (-1, None))
+        if same is leaf and before_at not in written and old.stamp(before_at) == new.stamp(at):
             continue
         if _counts_calls(name, leaf, before.buffers):
             places.add(name)

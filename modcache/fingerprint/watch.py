@@ -286,6 +286,14 @@ class Watch:
         form = tuple(leaf.shape), leaf.stride(), leaf.is_neg(), leaf.is_conj()
         return (version, leaf.data_ptr(), leaf.dtype, *form, *self._seen(at))
 
+    def written(self) -> set[int]:
+        """The leaves whose counter or address is another one than when this was made."""
+        at = {id(tensor): number for number, tensor in enumerate(self._pointed)}
+        counted = zip(self._counted, self._versions, strict=True)
+        moved = {at[id(tensor)] for tensor, version in counted if tensor._version != version}
+        pointed = enumerate(zip(self._pointed, self._pointers, strict=True))
+        return moved | {number for number, (tensor, pointer) in pointed if tensor.data_ptr() != pointer}
+
     def _seen(self, at: int) -> tuple[bytes, ...]:
         return self._probe.pieces(self._on_host[at]) if at in self._on_host else ()
 
