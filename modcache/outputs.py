@@ -123,7 +123,7 @@ def _checked_leaf(tensor: torch.Tensor, path: str, count: int | None, home: torc
         raise NotRowsError(
             f"{path} has shape {tuple(tensor.shape)}, whose first size is not the number of rows ({count})"
         )
-    if tensor.device not in (home, torch.device("cpu")):
+    if tensor.device not in (home, torch.device("cpu")):  # pragma: no cover - needs an accelerator
         raise NotRowsError(f"{path} is on {tensor.device}, neither on {home} (the call's device) nor on the CPU")
     return tensor
 

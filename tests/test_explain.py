@@ -228,6 +228,24 @@ def noted_key(noted):
     return noted.number
 
 
+class Frees(nn.Module):
+    """Lets go of the memory of an input as soon as it has read it."""
+
+    def forward(self, x, y):
+        out = x + y
+        y.untyped_storage().resize_(0)
+        return out
+
+
+def test_an_input_that_the_forward_frees():
+    """What is not there any more is not read just to explain a miss; the call goes on, and the rest is explained."""
+    cached = cached_module(Frees().eval())
+    batch, other = torch.eye(3), torch.ones(3, 3)
+    assert torch.equal(cached(batch, other.clone()), batch + other)
+    assert [found.hit for found in cache_of(cached).explain(batch, other)] == [True] * 3
+    assert "x" in reasons(cached, batch * 2, other)[0]
+
+
 def test_registered_functions_are_asked_once(monkeypatch):
     """A miss asks for the key of an object once, among several arguments as alone; explaining still works."""
     monkeypatch.setattr(registry, "_by_type", dict(registry._by_type))

@@ -1701,3 +1701,17 @@ def test_fingerprints_of_many_states_are_not_all_remembered():
         identity.fingerprint(layer)
 
     assert len(identity._fingerprints) <= 64
+
+
+def test_a_state_that_was_forgotten_is_a_new_one_when_it_comes_back(monkeypatch):
+    """Of very many states the latest are known again; a number never comes to mean another state."""
+    monkeypatch.setattr("modcache.fingerprint.identity._KNOWN_STATES", 3)
+    layer = nn.Linear(2, 2).requires_grad_(False).eval()
+    identity, states = Identity(), {}
+    for value in (0.0, 1.0, 2.0, 3.0, 4.0, 3.0, 0.0):
+        layer.weight.fill_(value)
+        identity.check(layer, False)
+        states.setdefault(value, []).append(identity.check(layer, False).state)
+    assert states[3.0][0] == states[3.0][1]
+    numbers = [number for seen in states.values() for number in set(seen)]
+    assert len(numbers) == len(set(numbers)) == 6

@@ -382,6 +382,36 @@ def test_a_module_within_a_package(elsewhere):
     assert torch.equal(module(X), X * 3)
 
 
+def test_a_module_of_python_that_is_an_attribute(elsewhere):
+    """All of a Python module of the user's own counts where it is held by name, whatever the forward reads of it."""
+    elsewhere.set(2.0)
+
+    class Configured(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.settings = sys.modules["own.conf"]
+
+        def forward(self, x):
+            return x * vars(self.settings)["SCALE"]
+
+    module = cached_module(Configured().eval())
+    assert torch.equal(module(X), X * 2)
+    elsewhere.set(3.0)
+    assert torch.equal(module(X), X * 3)
+
+
+@pytest.mark.parametrize("name", ["own.conf", "colorsys"])
+def test_an_import_that_changes_nothing(name, elsewhere, monkeypatch):
+    """A Python module that is imported by the first forward, and of which it reads nothing, costs no row."""
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    namespace = {"__name__": "mine", "nn": nn}
+    exec(f"class Late(nn.Module):\n    def forward(self, x):\n        import {name}; return x + 1\n", namespace)
+    module = cached_module(namespace["Late"]().eval())
+    for _ in range(3):
+        assert torch.equal(module(X), X + 1)
+    assert (computed(module), hits(module)) == (len(X), 2 * len(X))
+
+
 @pytest.mark.parametrize("layer", [nn.GELU(), Scaled(1.0, lambda held: held)])
 def test_a_function_of_torch_that_is_replaced(layer, monkeypatch):
     """Some libraries tell their users to put their own function into `torch.nn.functional`; mostly before any call."""

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from modcache import CacheWarning, cache_of, cached_module, keys
-from modcache.keys import files
+from modcache.keys import files, inside
 from modcache.keys.files import CHECKS, path_key
+from modcache.keys.inside import files_key
 
 
 @pytest.fixture(autouse=True)
@@ -324,6 +325,21 @@ def test_texts_inside_of_rows_count_by_themselves(tmp_path):
         cached = cached_module(Readings(), freeze=True, key=keys.path(check))
         cached(rows)
         assert cache_of(cached).stats.computed == len(rows)
+
+
+def test_a_file_inside_of_a_row_that_vanishes_just_then(tmp_path, monkeypatch):
+    """A text counts as one that is no path, if its file goes between the look for it and the reading of it."""
+    path = tmp_path / "a"
+    row = (str(path), 1)
+    without = files_key(row, "content")
+    write(path, b"content")
+    assert files_key(row, "content") != without
+
+    def gone(*_):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(inside, "path_key", gone)
+    assert files_key(row, "content") == without
 
 
 def test_by_name_no_file_is_looked_at(exploding):

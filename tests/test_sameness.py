@@ -110,6 +110,7 @@ SHARED = {
         lambda size: torch.arange(size) == 1,
     ),
     "list": (lambda x, w: x * sum(w) / len(w), lambda size: [1.0] * size, lambda size: [1.0] + [2.0] * (size - 1)),
+    "texts": (lambda x, w: x * len(set(w)), lambda size: ["a"] * size, lambda size: ["a", "b"] * (size // 2)),
     "memory": (
         lambda x, w: nn.functional.scaled_dot_product_attention(x, w, w),
         lambda size: torch.zeros(size, 3),

@@ -437,6 +437,19 @@ def test_nested_frozen_modules_are_undone_in_any_order(order):
     assert all(module.training for module in model.modules())
 
 
+def test_what_lies_in_a_frozen_module_that_is_undone_is_handed_to_the_outermost():
+    """Three frozen modules within each other, the middle one undone first."""
+    model = nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(4, 3))))
+    for module in (model[0][0], model[0], model):
+        cached_module(module, freeze=True)
+    uncached(model[0])
+    uncached(model[0][0])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    uncached(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
 def test_training_mode_is_warned_about_where_it_matters():
     """Layers that do the same in training are cached in it, and nothing is said; one that is random there is named."""
     layer = cached_module(nn.Sequential(nn.Linear(4, 2), nn.ReLU()).requires_grad_(False))

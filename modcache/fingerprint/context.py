@@ -66,15 +66,8 @@ def _autocast() -> tuple[object, ...]:
         _autocast_dtype("cpu") if on_cpu else None,
         on_cuda,
         _autocast_dtype("cuda") if on_cuda else None,
-        tuple((kind, _autocast_dtype(kind)) for kind in _OTHERS if _is_on(kind)),
+        tuple((kind, _autocast_dtype(kind)) for kind in _OTHERS if _autocast_on(kind)),
     )
-
-
-def _is_on(kind: str) -> bool:
-    try:
-        return _autocast_on(kind)
-    except RuntimeError:  # a kind of device that this torch does not know
-        return False
 
 
 def context_facts(ctx: tuple[object, ...]) -> dict[str, object]:

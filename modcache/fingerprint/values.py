@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import argparse
 import collections
 import contextvars
@@ -50,7 +51,7 @@ _SAID_BY_TEXT = (
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 
 
-class ValueReader:
+class ValueReader(abc.ABC):
     """Reads values into framed bytes; what it meets that can change is in ``seen``.
 
     Args:
@@ -280,10 +281,8 @@ class ValueReader:
             flat = value.reshape(-1)
             self.seen.sequences[id(flat)] = flat
             return frame(b"sequence", encode(value.shape) + self._items(flat.tolist(), path))
-        name = self._tensors.setdefault(id(value), path)
-        if name == path:
-            self.seen.arrays[path] = value
-        return frame(b"array at", encode(name))
+        self.seen.arrays[path] = value
+        return frame(b"array at", encode(path))
 
     def module(self, value: nn.Module, path: str) -> bytes:
         """A reference to a module by name; one that nobody knew is remembered to be walked."""
@@ -295,13 +294,13 @@ class ValueReader:
 
     # --- code, which a subclass reads ---
 
+    @abc.abstractmethod
     def callable(self, value: object, path: str) -> bytes | None:
         """The bytes of a function or another callable; None for anything else."""
-        return None
 
+    @abc.abstractmethod
     def class_reference(self, cls: type) -> bytes:
         """A class by name."""
-        return frame(b"class", encode(place_of(cls)))
 
     def python_module(self, module: types.ModuleType) -> bytes:
         """A Python module by name."""

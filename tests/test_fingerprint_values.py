@@ -1,0 +1,126 @@
+"""Values that a module holds: which count by what they are, and which by their class alone."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from modcache import cache_of, cached_module
+from modcache.fingerprint import Identity
+
+from .hazards import agree, frozen, pair
+
+X = torch.arange(8.0).reshape(2, 4)
+
+
+def fingerprint(held):
+    module = nn.Identity()
+    module.held = held
+    return Identity().fingerprint(module)
+
+
+def nested(value, depth):
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_what_is_nested_deeper_than_is_read_counts_by_its_class():
+    """Reading ends at some depth, and says so, instead of failing at the limit of recursion."""
+    one, other = (fingerprint(nested(value, 2000)) for value in (1, 2))
+    assert one.digest == other.digest
+    assert len(one.opaque) == 1
+    assert fingerprint(nested(1, 40)).digest != fingerprint(nested(2, 40)).digest
+
+
+class Unbound:
+    """Stands for an object that is not there yet, as the proxies of web frameworks do."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError("working outside of its context")
+
+
+def test_a_proxy_of_what_is_not_there_counts_by_its_class():
+    """An object that does not even say of what class it is neither breaks a call nor keeps it from being cached."""
+    found = fingerprint([Unbound()])
+    assert any("Unbound" in place for place in found.opaque)
+
+
+class Marker:
+    __slots__ = ()
+
+
+def test_an_object_that_can_have_no_attributes_is_listed():
+    """Nothing can be read from it, so it counts by its class, and the manifest names it."""
+    found = fingerprint(Marker())
+    assert any("Marker" in place for place in found.opaque)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.dtype("float32"), np.dtype("float64")),
+        (np.dtype([("a", "i4")]), np.dtype([("b", "i4")])),
+        (np.add, np.multiply),
+    ],
+)
+def test_objects_of_numpy_count_by_what_they_are(one, other):
+    """A dtype or function of numpy that a module holds is told from another one."""
+    assert fingerprint(one).digest == fingerprint(one).digest != fingerprint(other).digest
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize.*:UserWarning", "ignore::DeprecationWarning")
+def test_weights_packed_by_channel_count_by_all_of_their_scales():
+    """Two layers that differ in the scale of one channel alone are two."""
+    torch.backends.quantized.engine = torch.backends.quantized.supported_engines[-1]
+
+    def packed(scale):
+        scales, zeros = torch.tensor([1.0, scale]), torch.zeros(2, dtype=torch.int64)
+        weight = torch.quantize_per_channel(torch.ones(2, 3), scales, zeros, 0, torch.qint8)
+        return torch.ops.quantized.linear_prepack(weight, None)
+
+    assert fingerprint(packed(0.5)).digest == fingerprint(packed(0.5)).digest != fingerprint(packed(0.25)).digest
+
+
+def test_an_object_of_compiled_code_that_gives_no_state_cannot_be_read():
+    """What such an object holds may be anything, so the module is named as one that cannot be cached."""
+    module = frozen(nn.Identity())
+    module.held = torch.classes.profiling._ScriptProfile()
+    (place,) = Identity().check(module, False).unreadable
+    assert "held" in place
+
+
+def test_one_array_at_two_places_is_followed():
+    """A write to an array is seen by whichever of its names it is done."""
+    array = np.ones(3, np.float32)
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = array, [array]
+
+        def forward(self, x):
+            return x * float(self.other[0].sum())
+
+    cached, plain = pair(frozen(Scaled()))
+    agree(cached, plain, X)
+    cached.other[0][1] = plain.other[0][1] = 5
+    agree(cached, plain, X)
+
+
+class Ragged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with pytest.warns(UserWarning, match="prototype"):
+            self.register_buffer("table", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+
+    def forward(self, x):
+        return x + 1
+
+
+def test_a_buffer_without_a_shape_is_left_to_the_version():
+    """A nested tensor cannot be read and has no shape; a version stands for it."""
+    module = cached_module(frozen(Ragged()), version="1")
+    assert torch.equal(module(X), X + 1)
+    assert torch.equal(module(X), X + 1)
+    assert cache_of(module).stats.hits == len(X)
