@@ -227,12 +227,25 @@ def _put(job: Job, plan: CallPlan, computed: Computed) -> None:
     memo.note_put(job.host.turn, job.site.namespace, keys)
     for numbers, rows in computed.parts:
         memo.put(job.site.namespace, [keys[number] for number in numbers.tolist()], rows)
-    memo.memory.remember(job.site.namespace, job.keyed, shared_digests(job.batch), plan.compute)
-    if job.keyed.tokens is None and memo.padding.notices(job.batch, plan.compute):
+    shared = shared_digests(job.batch)
+    memo.memory.remember(job.site.namespace, job.keyed, shared, plan.compute)
+    _say_why_they_miss(job, shared, plan.compute)
+
+
+def _say_why_they_miss(job: Job, shared: tuple[tuple[str, bytes], ...], places: Sequence[int]) -> None:
+    memo = job.memo
+    if job.keyed.tokens is None and memo.padding.notices(job.batch, places):
         memo.say(
             "padding is part of the key",
             "rows that are stored already miss because they are padded to another length. If nothing reads outputs at "
             'masked positions, key="tokens" leaves padding out of the key.',
+        )
+    names = memo.shared.notices(job.batch, job.keyed, shared, places)
+    if names:
+        memo.say(
+            "what all rows share is part of the key",
+            f"rows that are stored already miss because {', '.join(names)}, which all rows of a call share, had many "
+            "values in many calls. If the output does not depend on it, leave it out of the call.",
         )
 
 

@@ -12,7 +12,7 @@ from .keys.keyed import Keyed
 from .keys.parts import Part, Texts, Values
 from .locks import lock_of
 
-__all__ = ["Explanation", "Memory", "differing_parts"]
+__all__ = ["Explanation", "Memory", "differing_parts", "part_digests"]
 
 _REMEMBERED_ROWS = 4096
 _REMEMBERED_BYTES = 1 << 22  # rows larger than this are not digested a second time just to explain a miss
@@ -74,7 +74,7 @@ class Memory:
     ) -> None:
         """Remember rows that were computed; nothing is read again but plain values and texts, and nothing raises."""
         kept = places[-_REMEMBERED_ROWS:]
-        keys, *digests = (_taken(column, kept) for column in (keyed.keys, *_part_digests(keyed)))
+        keys, *digests = (_taken(column, kept) for column in (keyed.keys, *_told_digests(keyed)))
         with self._lock:
             self._calls.append(_Call(namespace, keyed.metas, shared, keys or (), digests))
             self._rows += len(kept)
@@ -93,7 +93,7 @@ class Memory:
         """One explanation per row of a call (the arguments are those of `ask.explained`)."""
         with self._lock:
             calls = tuple(self._calls)
-        asked = _Call(namespace, keyed.metas, shared, keyed.keys, _part_digests(keyed))
+        asked = _Call(namespace, keyed.metas, shared, keyed.keys, _told_digests(keyed))
         known = dict(row for call in calls for row in call.rows())
         near = _Near(asked, calls)
         elsewhere = ""
@@ -137,10 +137,13 @@ def _taken(column: list[bytes] | None, places: Sequence[int]) -> list[bytes] | N
     return [column[place] for place in places]
 
 
-def _part_digests(keyed: Keyed) -> list[list[bytes] | None]:
+def _told_digests(keyed: Keyed) -> list[list[bytes] | None]:
+    """The digests of each part; where there is one part alone, the keys say as much, and are made already."""
+    return [keyed.keys] if len(keyed.parts) == 1 or not keyed.keys else part_digests(keyed)
+
+
+def part_digests(keyed: Keyed) -> list[list[bytes] | None]:
     """The digests of each part of the rows; ``None`` for one that is large, or that takes a file or a function."""
-    if len(keyed.parts) == 1 or len(keyed.keys) == 0:
-        return [keyed.keys]
     sizes = sum(part.tensor.nbytes for part in keyed.parts if isinstance(part, Values))
     if sizes > _REMEMBERED_BYTES:
         return [None] * len(keyed.parts)

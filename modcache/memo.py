@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from .explain import Memory
 from .findings import Findings
 from .keys import Extractor
-from .keys.tokens import PaddingWatch
 from .locks import lock_of
 from .looking import look_up_in
 from .manifests import TokenDims, Word
+from .misses import PaddingWatch, SharedWatch
 from .notices import log, warn
 from .recipe import Form, Recipe
 from .rows import Rows
@@ -92,6 +92,7 @@ class Memo:
         self.findings = findings(store, self.word)
         self.memory = Memory()
         self.padding = PaddingWatch()
+        self.shared = SharedWatch()
         self.hooks: dict[int, CallHook] = {}
         self.recipes: dict[object, Recipe] = {}
         self._counters = Counters()

@@ -15,7 +15,7 @@ from modcache.batch import split
 from modcache.keys import tokens as tokens_extractor
 from modcache.keys.padding import fit_tokens, pad_lent, pad_rows, token_dims, unpad_rows
 from modcache.keys.registry import is_row
-from modcache.keys.tokens import PaddingWatch, find_tokens, token_keys, token_metas, token_places
+from modcache.keys.tokens import find_tokens, token_keys, token_metas, token_places
 from modcache.outputs import rows_of, token_dims_of, tree_of
 from modcache.rows import SINGLE, Layout, Rows
 
@@ -390,30 +390,6 @@ def test_a_known_outline_with_some_rows_stored():
 
 
 # --- noticing that the option would help ----------------------------------------------------------------
-
-
-def test_padding_is_noticed():
-    """A row that was computed at another padded width is noticed; the same width, or another row, is not."""
-    watch = PaddingWatch()
-    assert not watch.notices(batch_of(*padded([[1, 2], [3]])), [0, 1])
-    assert not watch.notices(batch_of(*padded([[5, 2], [4]])), [0, 1])
-    assert not watch.notices(batch_of(*padded([[1, 2], [3]], 5)), [])
-    assert watch.notices(batch_of(*padded([[1, 2], [3]], 5)), [1])
-
-
-def test_padding_is_looked_for_on_a_few_hundred_rows_only():
-    """Afterwards nothing is digested for it any more."""
-    watch = PaddingWatch()
-    rows = [[number] for number in range(1, 600)]
-    assert not watch.notices(batch_of(*padded(rows)), range(len(rows)))
-    assert not watch.notices(batch_of(*padded(rows, 5)), range(len(rows)))
-
-
-def test_padding_is_not_looked_for_where_there_is_none():
-    """A batch that is not one of tokens, or that holds something without content, is left alone."""
-    watch = PaddingWatch()
-    assert not watch.notices(split([("x", torch.zeros(2))], frozenset(), is_row), [0])
-    assert not watch.notices(batch_of(*padded([[1], [2]]), extra=[object(), object()]), [0])
 
 
 def test_one_warning_names_the_option():

@@ -18,7 +18,7 @@ LAYERS = [
     {"fingerprint"},
     {"keys", "stores"},
     {"explain", "plan", "recipe", "opening"},
-    {"looking", "manifests"},
+    {"looking", "manifests", "misses"},
     {"findings"},
     {"memo"},
     {"hit", "requested"},

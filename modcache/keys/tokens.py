@@ -13,11 +13,10 @@ import torch
 
 from ..batch import Batch, Column
 from ..digest import digest
-from ..tensors import NoContentError, is_plain, is_readable, memory_of, plain_memory, settled
+from ..tensors import is_plain, is_readable, memory_of, plain_memory, settled
 from .parts import Meta, part_of
 
 __all__ = [
-    "PaddingWatch",
     "TokenPlaces",
     "TokenRows",
     "find_tokens",
@@ -199,28 +198,3 @@ def token_places(batch: Batch, tokens: TokenRows, places: Sequence[int]) -> Toke
         return None
     held = tuple(place for path, place in at.items() if path != tokens.mask)
     return TokenPlaces(tokens, held, at[tokens.mask], tuple(part_of(column).meta for column in batch.columns))
-
-
-# --- noticing that the option would help ----------------------------------------------------------------
-
-_WATCHED = 512
-
-
-class PaddingWatch:
-    """Notices that rows which miss are stored already, with another padding; looks at a few hundred rows."""
-
-    def __init__(self) -> None:
-        self._widths: dict[bytes, int] = {}
-
-    def notices(self, batch: Batch, places: Sequence[int]) -> bool:
-        """Whether one of these computed rows was computed before at another padded length."""
-        if len(self._widths) >= _WATCHED:
-            return False
-        tokens = find_tokens(batch)
-        if tokens is None:
-            return False
-        try:
-            keys = token_keys(batch, tokens, 0)
-        except NoContentError:  # something else in the rows, for which the caller gave keys
-            return False
-        return any(self._widths.setdefault(keys[place], tokens.width) != tokens.width for place in places)
