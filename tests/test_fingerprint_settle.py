@@ -53,3 +53,31 @@ def test_a_forward_that_writes_a_little_into_a_large_buffer_is_seen():
     for _ in range(3):
         assert torch.equal(cached(X), plain(X))
     assert cache_of(cached).stats.bypassed == 3 * len(X)
+
+
+GATHERED = []
+
+
+class Recording:
+    """An object of the user's, that nothing names which a forward reads."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Gathers(nn.Module):
+    """Keeps what it was called with."""
+
+    def forward(self, rows):
+        GATHERED.append(rows)
+        return torch.tensor([[float(row.value)] for row in rows])
+
+
+def test_a_forward_that_gathers_objects_of_a_new_class_is_cached():
+    """What it gathers brings a class along that was not met before; that is bookkeeping, and no reason to bypass."""
+    GATHERED.clear()
+    cached = cached_module(Gathers(), freeze=True)
+    rows = [Recording(1), Recording(2), Recording(3)]
+    for _ in range(3):
+        assert cached(rows, cache_keys=[1, 2, 3]).flatten().tolist() == [1.0, 2.0, 3.0]
+    assert (cache_of(cached).stats.computed, cache_of(cached).stats.hits) == (3, 6)

@@ -45,10 +45,16 @@ class Turns:
 
 
 def getter(names: tuple[str, ...], get: Any = operator.itemgetter) -> Callable[[Any], tuple[object, ...]]:
-    """Gets all of these items (or attributes) as a tuple, also if it is one."""
+    """Gets all of these items (or attributes) as a tuple, also if it is one or none."""
+    if not names:
+        return _nothing
     # A getter of one name gives the bare value; asked for the name twice it gives a tuple, like the others.
     made: Callable[[Any], tuple[object, ...]] = get(*names) if len(names) > 1 else get(names[0], names[0])
     return made
+
+
+def _nothing(_: object) -> tuple[object, ...]:
+    return ()
 
 
 def parted(containers: Iterable[Any]) -> tuple[list[Any], list[Any]]:

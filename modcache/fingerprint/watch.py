@@ -121,7 +121,7 @@ class Watch:
         self._groups = [(getter(names), dicts) for names, dicts in groups.items()]
         self._groups += [(getter(names, operator.attrgetter), objects) for names, objects in slots.items()]
         own = found.attributes.get("", ())
-        self._own = getter(own) if own else _nothing
+        self._own = getter(own)
         self._own_values = self._own(vars(module))
         self._values = list(self._all_values())
 
@@ -336,7 +336,3 @@ def _on_host(leaf: object) -> bool:
 
 def _array_pointer(array: Any) -> tuple[object, ...]:
     return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype
-
-
-def _nothing(_: object) -> tuple[object, ...]:
-    return ()
