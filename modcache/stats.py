@@ -9,7 +9,7 @@ from typing import Protocol
 
 from .locks import lock_of
 
-__all__ = ["CallHook", "CallReport", "Counters", "Seconds", "Stats"]
+__all__ = ["CallHook", "CallReport", "Counters", "Seconds", "Stats", "bytes_text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +109,24 @@ class Stats:
             f"computed   {self.computed:>{width}}" + (f"  {self.refused} not stored" if self.refused else ""),
             f"bypassed   {self.bypassed:>{width}}",
             *(f"           {count:>{width}}  {reason}" for reason, count in self.reasons.items()),
-            f"held       {_readable_bytes(self.bytes)}",
+            f"held       {bytes_text(self.bytes)}",
             f"seconds    {self.seconds}",
             f"saved      {self.seconds_saved:.3f} s",
         ]
         return "\n".join(lines)
 
 
-def _readable_bytes(count: int) -> str:
-    size = float(count)
+def bytes_text(count: float) -> str:
+    """A number of bytes for people.
+
+    >>> bytes_text(12), bytes_text(1536), bytes_text(3 << 30)
+    ('12 B', '1.5 KiB', '3.0 GiB')
+    """
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
 
 
 class Counters:
