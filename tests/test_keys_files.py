@@ -394,3 +394,14 @@ def test_directories_in_a_list(tmp_path):
     with pytest.warns(CacheWarning, match="is a directory, which has no content"):
         cached([tmp_path, tmp_path])
     assert cache_of(cached).stats.reasons == {"no key": 2}
+
+
+def test_pipes_are_not_read(tmp_path):
+    """What is read of a pipe is gone, or may never come: it is left to the module, and the call runs uncached."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for key in (None, "path"):
+        cached = cached_module(Fixed(), freeze=True, key=key)
+        with pytest.warns(CacheWarning, match="is a pipe or a device, which has no content"):
+            cached([pipe, pipe])
+        assert cache_of(cached).stats.reasons == {"no key": 2}

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from modcache import (
+    CacheWarning,
     KeyExtractionError,
     UsageTypeError,
     cache_of,
@@ -194,6 +195,22 @@ def test_images_are_registered_without_being_imported():
     assert all(is_row(make()) for make in IMAGES.values())
     assert len(set(found.values())) == len(IMAGES)
     assert found == {name: key_of(make()) for name, make in IMAGES.items()}
+
+
+def test_images_that_cannot_be_read(tmp_path):
+    """A broken image has no content; a module that does not read its pixels runs, uncached."""
+    path = tmp_path / "cut.png"
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:1000])
+
+    class Widths(nn.Module):
+        def forward(self, images):
+            return torch.tensor([[float(image.width)] for image in images])
+
+    module = cached_module(Widths(), freeze=True)
+    with Image.open(path) as cut, pytest.warns(CacheWarning, match=r"an image that cannot be read \(.*truncated.*\)"):
+        assert torch.equal(module([image(), cut]), torch.tensor([[2.0], [64.0]]))
+    assert cache_of(module).stats.reasons == {"no key": 2}
 
 
 def test_rows_of_images():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import time
 
 from ..digest import encode, frame, hasher
 from ..locks import lock_of
+from ..tensors import NoContentError
 
 __all__ = ["CHECKS", "path_key"]
 
@@ -29,26 +31,29 @@ def path_key(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], check: s
 
     Raises:
         OSError: what opening the file would raise (`FileNotFoundError`, `IsADirectoryError`, ...).
+        NoContentError: it is a pipe or a device: what was read of it is gone, or never ends.
     """
     if check == "name":
         return frame(b"file name", encode(os.fspath(path)))
     if check == "stat":
-        stat = os.stat(path)
-        return frame(b"file stat", encode((os.path.abspath(os.fspath(path)), *_stamp(stat))))
+        return frame(b"file stat", encode((os.path.abspath(os.fspath(path)), *_stamp(os.stat(path)))))
     return frame(b"file content", _content_digest(path))
 
 
-def _stamp(stat: os.stat_result) -> _Stamp:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+def _stamp(found: os.stat_result) -> _Stamp:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _content_digest(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> bytes:
     try:
-        found = _digests.get(_stamp(os.stat(path)))
+        told = os.stat(path)
     except FileNotFoundError:
-        found = None  # let open() say it
-    if found is not None:
-        return found
+        pass  # let open() say it
+    else:
+        if (found := _digests.get(_stamp(told))) is not None:
+            return found
+        if not stat.S_ISREG(told.st_mode) and not stat.S_ISDIR(told.st_mode):
+            raise NoContentError(f"{os.fspath(path)!r} is a pipe or a device, which has no content to make a key of")
     with open(path, "rb") as file:
         before = os.fstat(file.fileno())
         content = hasher()

@@ -108,7 +108,7 @@ def encode_registered(value: object) -> bytes | None:
 
     Raises:
         KeyExtractionError: its function raised, or gave something that cannot be a key.
-        NoContentError: it is the path of a directory.
+        NoContentError: it is the path of a directory or a pipe, or an image that cannot be read.
         OSError: what opening the file would raise (`FileNotFoundError`, ...).
     """
     found = _find(type(value))
@@ -134,9 +134,12 @@ def key_from(function: Callable[[Any], object], value: object, source: str) -> b
 
     Raises:
         KeyExtractionError: it raised, or gave something that cannot be a key.
+        NoContentError: it is a function of ours, and the object cannot be read.
     """
     try:
         found = function(value)
+    except NoContentError:
+        raise
     except Exception as error:
         raise KeyExtractionError(f"{source} raised {type(error).__name__}: {error}") from error
     return _checked(found, source)
@@ -165,6 +168,14 @@ def _checked(value: object, source: str) -> bytes:
 
 
 def _image_key(image: Any) -> tuple[object, ...]:
+    """What names a PIL image, which may be broken or closed; whether that matters, only the module knows."""
+    try:
+        return _image_content(image)
+    except Exception as error:
+        raise NoContentError(f"an image that cannot be read ({error}) has no content to make a key of") from None
+
+
+def _image_content(image: Any) -> tuple[object, ...]:
     """All that decoding of a PIL image may depend on: pixels, mode, palette, transparency, orientation, profile."""
     palette = [image.getpalette(mode) for mode in ("RGB", "RGBA")] if image.mode in ("P", "PA") else None
     known = {name: image.info[name] for name in ("transparency", "exif", "icc_profile") if name in image.info}
