@@ -842,3 +842,84 @@ def test_saving_a_checkpoint_leaves_the_rows_alone(tmp_path):
     cached_module(again.bert, freeze=True, store=tmp_path / "cache")
     again(ids)
     assert cache_of(again.bert).stats.hits == 6
+
+
+class InOrder(nn.Module):
+    """Goes through its children, parameters and buffers in their order."""
+
+    def __init__(self, names="ab"):
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Tanh() if name == "a" else nn.Hardshrink() for name in names})
+        for number, name in enumerate("ab"):
+            self.register_parameter(f"p{name}", nn.Parameter(torch.full((3,), 2.0 + number)))
+            self.register_buffer(f"b{name}", torch.full((3,), 4.0 + number))
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = layer(x) + 0.1
+        for tensor in (*self.parameters(), *self.buffers()):
+            x = x * tensor + 1
+        return x
+
+
+class ReadsItself(nn.ModuleDict):
+    def forward(self, x):
+        for layer in self.values():
+            x = layer(x) + 0.1
+        return x
+
+
+def _last(names):
+    first = next(iter(names))
+    names[first] = names.pop(first)
+
+
+REORDERED = {
+    "children": (InOrder, lambda module: _last(module.layers)),
+    "parameters": (InOrder, lambda module: _last(module._parameters)),
+    "buffers": (InOrder, lambda module: _last(module._buffers)),
+    "own children": (lambda: ReadsItself({"a": nn.Tanh(), "b": nn.Hardshrink()}), _last),
+}
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_order_within_a_module_counts(name):
+    """What a forward may go through, in another order is another module, though every name has the same under it."""
+    make, reorder = REORDERED[name]
+    cached, plain = pair(make())
+    x = torch.randn(5, 3)
+    agree(cached, plain, x)
+    one = cache_of(cached).namespace
+    reorder(cached)
+    reorder(plain)
+    agree(cached, plain, x)
+    assert hits(cached) == 10
+    assert cache_of(cached).namespace != one
+    assert cache_of(frozen(cached)).namespace == cache_of(pair(plain)[0]).namespace
+
+
+def moved_on(x):
+    return x * 2
+
+
+def edited(x):
+    return x * 3
+
+
+class Calls(nn.Module):
+    """Calls a function of the same file."""
+
+    def forward(self, x):
+        return moved_on(x)
+
+
+def test_code_that_is_put_into_an_old_function_is_seen_at_once(monkeypatch):
+    """Reloaders of notebooks put new code into the old functions: the very next call computes with it."""
+    batch = torch.arange(8.0).reshape(4, 2)
+    cached = cached_module(Calls(), freeze=True)
+    assert torch.equal(cached(batch), batch * 2)
+    monkeypatch.setattr(moved_on, "__code__", edited.__code__)
+    assert torch.equal(cached(batch), batch * 3)
+    monkeypatch.undo()
+    assert torch.equal(cached(batch), batch * 2)
+    assert (cache_of(cached).stats.computed, cache_of(cached).stats.hits) == (8, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ..digest import digest, encode, frame
 from ..tensors import is_readable
-from .code import of_library, place_of
+from .code import installed_class, of_library, place_of
 from .follow import Reader
 from .origins import ORIGIN_NAMES
 
@@ -216,6 +217,7 @@ class _Walker:
         names = [key for key in plain_attributes(module) if key not in derived]
         watched = []
         said = frame(b"repr", _extra_repr(module)) if of_library(cls.__module__) else b""
+        said += self._order(name, module)
         lost = [key[len(name) + 1 :] for key in self._bookkeeping if name and key.startswith(f"{name}.")]
         lost += [key for key in self._bookkeeping if not name]
         for key in sorted({*names, *(key for key in lost if "." not in key and " " not in key)}):
@@ -234,6 +236,14 @@ class _Walker:
         if idle := tuple(key for key in watched if key in unread):
             self._idle[name] = idle
         self._parts[f"attributes of {place}"] = digest(said)
+
+    def _order(self, name: str, module: nn.Module) -> bytes:
+        """The order of what a forward may go through."""
+        if not is_ordered(module):
+            return b""
+        start = f"{name}." if name else ""
+        orders = [[key for key in held if start + key not in self._bookkeeping] for held in ordered(vars(module))]
+        return frame(b"order", encode(orders)) if any(len(keys) > 1 for keys in orders) else b""
 
     def _hooks(
         self,
@@ -300,6 +310,18 @@ def _extra_repr(module: nn.Module) -> bytes:
         return encode(module.extra_repr())
     except Exception:  # a half-built module; its attributes are read anyway
         return b""
+
+
+def is_ordered(module: nn.Module) -> bool:
+    """Whether the order of what is in it counts: installed code reads by name, but for containers."""
+    cls = original_class(module)
+    return issubclass(cls, _CONTAINERS) or not installed_class(cls)
+
+
+ordered = operator.itemgetter("_modules", "_parameters", "_buffers")
+"""The dicts out of the attributes of a module that have an order."""
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def submodules(found: Walk) -> Iterator[tuple[str, nn.Module]]:

@@ -15,12 +15,12 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..tensors import is_readable
-from .code import installed_class
+from .code import installed, installed_class
 from .memoized import body_without, memoized
 from .outside import Outside
 from .probe import SETS, DeviceProbe, HostProbe
 from .turns import MOST_TURNS, Places, Turns, getter, in_pieces
-from .walk import GLOBAL_HOOKS, Walk, submodules
+from .walk import GLOBAL_HOOKS, Walk, is_ordered, ordered, submodules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -34,9 +34,11 @@ _training = operator.itemgetter("training")
 _requires_grad = operator.attrgetter("requires_grad")
 _forward = operator.attrgetter("forward")
 _code = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_just_code = operator.attrgetter("__code__")
 _INSIDE = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
 _inside = operator.itemgetter(*_INSIDE)
 _FORMS_AT_ONCE = 64  # tensors whose shape and strides are compared in each check; those of more are, in turn
+_FUNCTIONS_AT_ONCE = 256  # of the user's own, whose code is compared in each check
 LATE_WITHIN = max(MOST_TURNS, SETS)
 """After how many checks a late move is noticed at the latest, if anything that is looked at shows it."""
 
@@ -85,6 +87,8 @@ class Watch:
     def _inside(self, module: nn.Module) -> None:
         """The dicts that torch keeps in every module: a full one is fetched anew and compared with a copy."""
         self._own_copies = tuple([dict(inner) for inner in _inside(vars(module))])
+        self._own_ordered = is_ordered(module)
+        self._own_order = _names_in([vars(module)])
         self._full: list[tuple[Callable[[Any], Any], list[dict[str, Any]], list[dict[Any, Any]]]] = []
         self._empty: list[dict[Any, Any]] = []
         singles: list[tuple[dict[str, Any], str, torch.Tensor]] = []
@@ -96,6 +100,8 @@ class Watch:
             if name in ("_parameters", "_buffers"):
                 for live in (vars(module)[name], *(inner[name] for inner in full)):
                     singles += [(live, key, t) for key, t in live.items() if t is not None and _single(t)]
+        self._ordered = [vars(other) for other in self._modules if is_ordered(other)]
+        self._order = _names_in(self._ordered)
         self._single_dicts = [live for live, _, _ in singles]
         self._single_names = [name for _, name, _ in singles]
         self._singles = [tensor for _, _, tensor in singles]
@@ -135,6 +141,7 @@ class Watch:
             type(module) is self._root_type
             and len(own) == self._own_length
             and _inside(own) == self._own_copies
+            and (not self._own_ordered or _names_in([own]) == self._own_order)
             and all(map(_is, self._own(own), self._own_values))
             and self._global_hooks == self._global_copies
             and list(map(_forward, self._classes)) == self._forwards
@@ -143,6 +150,7 @@ class Watch:
             and (not self._modules or self._same_below())
             and (not self._groups or all(map(_is, self._all_values(), self._values)))
             and (not self._outside.anything or self._outside.same())
+            and all(map(_is, map(_just_code, self._own_functions), self._own_code))
         )
 
     def _same_singles(self) -> bool:
@@ -154,15 +162,19 @@ class Watch:
             and list(map(len, self._dicts)) == self._lengths
             and all(list(map(get, full)) == copies for get, full, copies in self._full)
             and not any(self._empty)
+            and _names_in(self._ordered) == self._order
         )
 
     def _in_turn(self, found: Walk) -> None:
         """What hardly ever changes is looked at a part at a time, so a change may be noticed late.
 
-        The code and defaults of functions (a reloader puts new code into old functions), the bodies of
-        installed classes besides ``forward``, what a torch layer's own ``forward`` does not read, and the functions
-        of libraries that code reads by name.
+        The code and defaults of functions, the bodies of installed classes besides ``forward``, what a torch
+        layer's own ``forward`` does not read, and the functions of libraries that code reads by name.
         """
+        # Code that is edited while it is used: reloaders of notebooks put what is new into the old functions.
+        own = [function for function in found.seen.functions.values() if not installed(function.__globals__)]
+        self._own_functions = own[:_FUNCTIONS_AT_ONCE]
+        self._own_code = list(map(_just_code, self._own_functions))
         places: Places = [(_code, function) for function in found.seen.functions.values()]
         theirs = [cls for cls in found.seen.classes.values() if cls not in found.seen.busy and installed_class(cls)]
         places += [(_body_of(cls), vars(cls)) for cls in theirs]
@@ -311,6 +323,11 @@ class Watch:
             return self.same_weights(turn) or (None if self._turns.same(turn) else Moved.LATE)
         except Exception:  # a name is gone, a tensor met its replacement, a storage was freed
             return Moved.STRUCTURE
+
+
+def _names_in(modules: list[dict[str, Any]]) -> list[str]:
+    """The children, parameters and buffers of these modules in order; that their dicts are equal does not tell it."""
+    return list(_chain(_chain(map(ordered, modules))))
 
 
 def _forms_of(tensors: list[torch.Tensor]) -> tuple[list[object], ...]:
