@@ -111,7 +111,8 @@ class Stats:
             *(f"           {count:>{width}}  {reason}" for reason, count in self.reasons.items()),
             f"held       {bytes_text(self.bytes)}",
             f"seconds    {self.seconds}",
-            f"saved      {self.seconds_saved:.3f} s",
+            "saved      "
+            + (f"{self.seconds_saved:.3f} s" if self.computed or not self.hits else "not known: no row was computed"),
         ]
         return "\n".join(lines)
 

@@ -28,6 +28,12 @@ def test_counters_add_up():
     )  # fmt: skip
 
 
+def test_what_was_saved_is_not_known_where_nothing_was_computed():
+    """A second run that is served from a directory has no time of its own to compare with, and does not say 0."""
+    assert str(Stats(calls=1, rows=4, hits=4)).splitlines()[-1] == "saved      not known: no row was computed"
+    assert str(Stats()).splitlines()[-1] == "saved      0.000 s"
+
+
 def test_nothing_saved():
     """Time saved is never negative, and nothing before the first row was computed."""
     counters = Counters()
