@@ -6,12 +6,15 @@ import contextlib
 import contextvars
 import functools
 import os
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from .errors import UsageError, UsageTypeError
+from .locks import lock_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,11 +35,49 @@ def _checked(name: object, source: str) -> str:
     return name
 
 
-_now = {"mode": _checked(os.environ.get("MODCACHE_MODE") or "read-write", "the environment variable MODCACHE_MODE")}
+@dataclass(frozen=True, slots=True, eq=False)
+class _Switch:
+    """One use of `mode`.
+
+    Args:
+        name: the mode.
+        said_by: what said it as a statement; ``None`` for a block, and for the environment.
+    """
+
+    name: str
+    said_by: weakref.ref[mode] | None = None
+
+
+# Those in force, the latest last: blocks of several threads or tasks need not end in the order in which they began.
+_switches = [
+    _Switch(_checked(os.environ.get("MODCACHE_MODE") or "read-write", "the environment variable MODCACHE_MODE"))
+]
+_now = {"mode": _switches[0].name}
+_lock = lock_of(sys.modules[__name__])
 
 # Asked for on every call, so these two are calls into C without a frame of their own.
 current_mode: Callable[[], str] = functools.partial(_now.__getitem__, "mode")
 """The mode that all cached modules of this process are in."""
+
+
+def _switch(end: _Switch | None = None, begin: _Switch | None = None) -> None:
+    with _lock:
+        if end is not None and end in _switches:
+            at = _switches.index(end)
+            after = at + 1
+            while end.said_by is None and after < len(_switches) and _switches[after].said_by is not None:
+                after += 1  # what was said within a block ends with it
+            del _switches[at:after]
+        if begin is not None:
+            _switches.append(begin)
+        while len(_switches) > 2 and _is_final(_switches[-2]) and _switches[-3].said_by is not None:
+            del _switches[-3]  # nobody will ever come back to it
+        _now["mode"] = _switches[-1].name
+
+
+def _is_final(switch: _Switch) -> bool:
+    """Whether it was said by what nobody can enter any more."""
+    return switch.said_by is not None and switch.said_by() is None
 
 
 class mode(contextlib.AbstractContextManager["mode"]):  # noqa: N801 - used like a function, as `torch.no_grad` is
@@ -60,12 +101,13 @@ class mode(contextlib.AbstractContextManager["mode"]):  # noqa: N801 - used like
 
     def __init__(self, name: str) -> None:
         self._name = _checked(name, "mode(...)")
-        self._before = current_mode()
-        _now["mode"] = self._name
+        self._said = _Switch(self._name, weakref.ref(self))
+        self._entered: list[_Switch] = []
+        _switch(begin=self._said)
 
     def __call__(self, function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
         """The function, in this mode while it runs."""
-        _now["mode"] = self._before  # not from now on
+        _switch(end=self._said)  # not from now on
 
         @functools.wraps(function)
         def within(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
@@ -75,13 +117,14 @@ class mode(contextlib.AbstractContextManager["mode"]):  # noqa: N801 - used like
         return within
 
     def __enter__(self) -> Self:
-        _now["mode"] = self._name
+        self._entered.append(_Switch(self._name))
+        _switch(end=self._said, begin=self._entered[-1])
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _now["mode"] = self._before
+        _switch(end=self._entered.pop())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

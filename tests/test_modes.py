@@ -113,6 +113,45 @@ def test_one_mode_object_can_be_entered_later():
         assert current_mode() == "off"
 
 
+def test_blocks_that_overlap():
+    """Blocks of two threads or tasks end in any order, and leave the mode that was before both."""
+    first, second = mode("off"), mode("read-only")
+    first.__enter__()
+    second.__enter__()
+    assert current_mode() == "read-only"
+    first.__exit__(None, None, None)
+    assert current_mode() == "read-only"
+    second.__exit__(None, None, None)
+    assert current_mode() == "read-write"
+
+
+def test_statements_around_and_within_blocks():
+    """A statement is for good, one within a block lasts as long as the block; none are kept without need."""
+    for _ in range(50):
+        mode("refresh")
+        mode("read-only")
+    assert len(modes._switches) < 5
+    with mode("off"):
+        for _ in range(50):
+            mode("require-hit")
+        assert current_mode() == "require-hit"
+        with mode("refresh"):
+            mode("off")
+        assert current_mode() == "require-hit"
+        assert len(modes._switches) < 8
+    assert current_mode() == "read-only"
+
+
+def test_one_mode_object_entered_twice():
+    """A block within a block of the same object is left twice."""
+    both = mode("off")
+    with both:
+        with both:
+            pass
+        assert current_mode() == "off"
+    assert current_mode() == "read-write"
+
+
 @pytest.mark.parametrize(("name", "error"), [("on", UsageError), (None, UsageTypeError), (True, UsageTypeError)])
 def test_no_mode(name, error):
     """An unknown mode is refused with the list of the known, and changes nothing."""
