@@ -25,10 +25,10 @@ from .modes import keys_around
 from .naming import Context, Naming, State
 from .notices import log
 from .opening import open_store
+from .precision import tolerance_of
 from .refusals import refuse_standing, unusual
 from .requested import Requested
 from .running import Host
-from .selfcheck import tolerance_of
 from .stores import MemoryStore, Store
 from .succession import Succession
 from .theirs import is_meant, noting

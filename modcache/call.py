@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .ask import batch_of, home_of, keyed_of, refuse_blocked, refuse_grad, row_count
-from .compute import Computed, compute, self_check_failed
+from .compute import Computed, compute
 from .confirm import confirm, verify
 from .errors import CacheMissError
 from .hit import Missed, Site
@@ -21,11 +21,12 @@ from .memo import Bypass, Memo
 from .modes import current_mode
 from .outputs import UnknownClassError, tree_of
 from .plan import CallPlan, distinct, plan_call, rows_to_serve
+from .precision import difference
 from .recipe import Outline, form_of, recipe_of
 from .rows import Rows, join_rows
 from .running import Host, Job, Part, run_uncached
 from .sameness import differences
-from .selfcheck import difference
+from .selfcheck import self_check_failed
 from .stores import Found
 
 __all__ = ["bypass", "call"]

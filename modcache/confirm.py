@@ -6,13 +6,14 @@ import random
 
 import numpy as np
 
-from .compute import Computed, compute_again, self_check_failed
+from .compute import Computed, compute_again
 from .errors import StaleRecordError
 from .plan import CallPlan, distinct
+from .precision import difference
 from .rows import Rows
 from .running import Job, is_out_of_memory
 from .sameness import telling_rows
-from .selfcheck import difference
+from .selfcheck import self_check_failed
 
 __all__ = ["confirm", "verify"]
 

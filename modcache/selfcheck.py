@@ -1,47 +1,213 @@
-"""Find out whether a row depends on anything but itself: compare rows of two runs within their precision."""
+"""Run a module once more on a few rows of a batch, to find out whether a row depends on anything but itself."""
 
 from __future__ import annotations
 
-import contextlib
-import random
-import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 import numpy as np
 import torch
 
 from .batch import Batch
-from .rows import Rows
-from .tensors import memory_of
+from .chance import preserved_randomness
+from .keys.padding import fit_tokens, token_dims, unpad_rows
+from .keys.tokens import TokenRows
+from .manifests import TokenDims
+from .memo import Bypass
+from .outputs import NotRowsError, rows_of
+from .precision import difference
+from .rows import Layout, Rows
+from .running import Job, Run, apart, fitted, is_out_of_memory, prepared
+from .sameness import sameness
 
-__all__ = [
-    "difference",
-    "lengths_of",
-    "preserved_randomness",
-    "random_state",
-    "rows_to_check",
-    "sizes_of",
-    "tolerance_of",
-]
+__all__ = ["lengths_of", "rows_to_check", "self_check", "self_check_failed", "sizes_of", "stays_steady"]
 
-_EXACT = 0.0
-_TOLERANCE = {
-    torch.float64: 1e-3,
-    torch.complex128: 1e-3,
-    torch.float32: 1e-3,
-    torch.complex64: 1e-3,
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-}
-_COARSE = 2.5e-1  # float8 has two or three bits of mantissa
+_DRAWN_ROWS = 16
+_DRAWN_AGAIN = 16
+"""How many rows of a module that draws random numbers are run again, and how often."""
 
 
-def tolerance_of(dtype: torch.dtype) -> float:
-    """How far two runs of one row may be apart, relative to the row's root mean square; 0.0 for exact types."""
-    if not (dtype.is_floating_point or dtype.is_complex):
-        return _EXACT
-    return _TOLERANCE.get(dtype, _COARSE)
+def self_check(job: Job, places: list[int], rows: Rows, run: Run, width: int, *, draws: bool) -> TokenDims | None:
+    """Run the module once more on a few of the rows; ``None`` if that could not be done.
+
+    Args:
+        job: the call.
+        places: the computed rows.
+        rows: what the module gave for them.
+        run: the run in which it did.
+        width: the tokens that they were padded to, if they have any.
+        draws: whether it drew random numbers.
+
+    Raises:
+        Bypass: the rows came out otherwise, so they depend on chance or on each other.
+    """
+    tokens = job.keyed.tokens
+    chosen, other_width = _choice(job, places, rows, width)
+    with preserved_randomness():
+        other = _again(job, run, chosen, fitted(job.batch, tokens, other_width), wider=other_width > width)
+    if other is not None:
+        dims = _dims(job, run, rows.layout, width, other.layout, other_width)
+        _compare(job, run, _comparable(rows, other, places, chosen, dims, tokens))
+    elif tokens is not None and 1 < width < other_width:
+        found = _at_full_length(job, places, rows, run, chosen, tokens, width)
+        if found is None:
+            return None
+        dims = found
+    else:
+        return None
+    if draws and not stays_steady(job, places, rows, run, width, dims):
+        return None
+    same = sameness(job.batch, places, () if tokens is None else tokens.paths)
+    job.memo.let_pass(job.site.namespace, job.form, dims, same)
+    return dims
+
+
+def _dims(job: Job, run: Run, layout: Layout, width: int, other: Layout, other_width: int) -> TokenDims:
+    """Which dimensions of the rows are tokens, as far as they have any."""
+    if job.keyed.tokens is None:
+        return ((),) * len(layout.leaves)
+    found = token_dims(layout, width, other, other_width)
+    return _fail(job, run, "its output does not follow the number of tokens") if found is None else found
+
+
+def _compare(job: Job, run: Run, pairs: Iterable[tuple[Rows, Rows]], what: str = "") -> None:
+    for left, right in pairs:
+        if (found := difference(left, right, job.site.floor)) is not None:
+            _fail(job, run, f"{what}{found}")
+
+
+def _at_full_length(
+    job: Job, places: list[int], rows: Rows, run: Run, chosen: list[int], tokens: TokenRows, width: int
+) -> TokenDims | None:
+    """The check where a module takes no longer rows than these, none of which is padded; ``None`` if it fails again.
+
+    Rows that are cut by a token have room for padding: they are run without it and with it.
+
+    Raises:
+        Bypass: as `self_check`.
+    """
+    cut = fit_tokens(job.batch, tokens, width - 1)
+    with preserved_randomness():
+        alone = _again(job, run, chosen, fitted(job.batch, tokens, width))
+        short, padded = (_again(job, run, chosen[:1], at) for at in (cut, fit_tokens(cut, tokens, width)))
+    if alone is None or short is None or padded is None:
+        return None
+    dims = _dims(job, run, padded.layout, width, short.layout, width - 1)
+    _compare(job, run, _comparable(rows, alone, places, chosen, dims, tokens))
+    lengths = tokens.lengths[chosen[:1]] - 1
+    pairs = zip(unpad_rows(short, lengths, dims), unpad_rows(padded, lengths, dims), strict=True)
+    _compare(job, run, [(left, right) for (_, left), (_, right) in pairs])
+    return dims
+
+
+def _again(job: Job, run: Run, chosen: list[int], batch: Batch, *, wider: bool = False) -> Rows | None:
+    """What the module gives for some of the rows now; ``None`` if that could not be done.
+
+    Raises:
+        Bypass: it does not give rows for these rows alone.
+    """
+    try:
+        ready = _ready_again(job, chosen, batch)
+    except Exception:  # of prepare: another batch may tell more
+        return None
+    try:
+        with job.host.undisturbed():
+            output = apart(ready)
+        job.host.settle()
+    except Exception as error:
+        if is_out_of_memory(error) and len(set(chosen)) < len(chosen):
+            return _again(job, run, chosen[:1], batch, wider=wider)
+        if is_out_of_memory(error) or wider:
+            return None
+        _fail(job, run, f"on some of the rows of the batch alone it raises {type(error).__name__}: {error}")
+    try:
+        return rows_of(output, len(chosen) if job.memo.options.per_row else None, job.home)
+    except NotRowsError as error:
+        _fail(job, run, str(error))
+
+
+def stays_steady(job: Job, places: list[int], rows: Rows, run: Run, width: int, dims: TokenDims) -> bool:
+    """Whether rows stay the same while it draws other random numbers; ``False`` if that could not be found out.
+
+    Chance may be rare (a layer that is dropped now and then) or coarse (a label that is sampled), so one more run
+    shows too little. Some modules draw and make no use of it in eval mode; these may be cached.
+
+    Raises:
+        Bypass: a row came out otherwise.
+    """
+    chosen, tokens = places[:_DRAWN_ROWS], job.keyed.tokens
+    with preserved_randomness():
+        for _ in range(_DRAWN_AGAIN):
+            other = _again(job, run, chosen, fitted(job.batch, tokens, width))
+            if other is None:
+                return False
+            _compare(job, run, _comparable(rows, other, places, chosen, dims, tokens), "it draws random numbers, and ")
+    return True
+
+
+def _choice(job: Job, places: list[int], rows: Rows, width: int) -> tuple[list[int], int]:
+    """Rows for the check, and the width to run them at: another one, where rows have lengths of their own."""
+    tokens = job.keyed.tokens
+    if not job.memo.options.per_row:
+        return places, 0
+    sizes = sizes_of(rows) or [0.0] * len(places)
+    if tokens is None:
+        return rows_to_check(places, sizes, lengths_of(job.batch, places)), 0
+    shorter = [number for number, place in enumerate(places) if tokens.lengths[place] < width]
+    if shorter:
+        own = [places[number] for number in shorter]
+        chosen = rows_to_check(own, [sizes[number] for number in shorter]) or own[:1]
+        return chosen, int(tokens.lengths[chosen].max())
+    return rows_to_check(places, sizes) or places, width + 1
+
+
+def _ready_again(job: Job, chosen: list[int], batch: Batch) -> Callable[[], object]:
+    whole = batch is job.batch and not job.memo.options.per_row
+    taken = job.arguments if whole else job.arguments.taken(batch, chosen)
+    return prepared(job.memo.options, job.host.run, taken.args, taken.kwargs)
+
+
+def _comparable(
+    rows: Rows, other: Rows, places: list[int], chosen: list[int], dims: TokenDims, tokens: TokenRows | None
+) -> Sequence[tuple[Rows, Rows]]:
+    chosen = chosen[: len(other.tensors[0])] if other.tensors else chosen  # copies of a row may not have had room
+    numbers = [places.index(place) for place in chosen]
+    own = rows.take(numbers)
+    if tokens is None:
+        return [(own, other)]
+    lengths = tokens.lengths[chosen]
+    pairs = zip(unpad_rows(own, lengths, dims), unpad_rows(other, lengths, dims), strict=True)
+    return [(left, right) for (_, left), (_, right) in pairs]
+
+
+def _fail(job: Job, run: Run, what: str) -> NoReturn:
+    outputs = (run.output,) if run.whole else ()
+    raise self_check_failed(job, f"run again on a few rows of a batch, it did not give the same rows: {what}", *outputs)
+
+
+def self_check_failed(job: Job, what: str, *output: object) -> Bypass:
+    """Block calls of this form, because rows depend on more than themselves; to be raised.
+
+    Args:
+        job: the call.
+        what: how that was found out.
+        output: what the module gave on the very call, if it ran on it.
+    """
+    reason = "self-check failed"
+    job.memo.block(job.form, reason)
+    hint = (
+        'its padding matters, so do not use key="tokens"'
+        if job.keyed.tokens is not None
+        else "if it is random, make it deterministic; if an argument is the same for all rows, name it in broadcast="
+    )
+    return Bypass(
+        reason,
+        f"{what}. Its rows depend on chance or on each other, so it runs uncached from now on. What to do: {hint}.",
+        *output,
+    )
+
+
+# --- which rows -----------------------------------------------------------------------------------------
 
 
 def rows_to_check(places: list[int], sizes: list[float], lengths: list[int] | None = None) -> list[int]:
@@ -117,79 +283,3 @@ def sizes_of(rows: Rows) -> list[float]:
             wide = tensor.to(torch.complex64 if tensor.is_complex() else torch.float32).abs()
             return wide.reshape(len(wide), -1).amax(1).nan_to_num(0.0).tolist()
     return [0.0] * (len(rows.tensors[0]) if rows.tensors else 0)
-
-
-def difference(one: Rows, other: Rows, floor: float = 0.0) -> str | None:
-    """In what the rows of two runs differ beyond their precision, in words; ``None`` if they agree.
-
-    Args:
-        one: rows of the first run.
-        other: the same rows of the second run.
-        floor: the tolerance of the least precise arithmetic inside of the module; outputs may be cast up after it.
-    """
-    if one.layout.tree != other.layout.tree:
-        return "the structure or a constant of its output differs"
-    if one.layout != other.layout:
-        shapes = [tuple(shape for _, shape in rows.layout.leaves) for rows in (one, other)]
-        return f"its output rows have shapes {shapes[0]} and {shapes[1]}"
-    for place, (left, right) in enumerate(zip(one.tensors, other.tensors, strict=True)):
-        found = _leaf_difference(left, right, floor)
-        if found is not None:
-            return found if len(one.tensors) == 1 else f"output tensor {place}: {found}"
-    return None
-
-
-def _leaf_difference(left: torch.Tensor, right: torch.Tensor, floor: float) -> str | None:
-    right = right.to(left.device)
-    dtype = left.dtype
-    tolerance = tolerance_of(dtype)
-    if tolerance == _EXACT:
-        return None if torch.equal(left, right) else "whole numbers that should be equal differ"
-    wide = torch.complex128 if dtype.is_complex else torch.float64
-    first, second = (rows.reshape(len(rows), -1 if rows.numel() else 0).to(wide) for rows in (left, right))
-    known = torch.isfinite(first) & torch.isfinite(second)
-    same = (first == second) | (torch.isnan(first) & torch.isnan(second))
-    if not bool((known | same).all()):
-        return "one run gave values that are not finite, the other did not"
-    apart = torch.where(known, first - second, 0).abs()
-    size = torch.where(known, first, 0).abs().square().mean(1, keepdim=True).sqrt() if first.shape[1] else apart
-    tolerance = max(tolerance, floor)
-    if bool((apart <= tolerance * size).all()):
-        return None
-    worst = float((apart / size.clamp_min(torch.finfo(torch.float64).tiny)).max())
-    return f"values differ by up to {worst:.2g} of the row's root mean square (allowed: {tolerance:g})"
-
-
-def _numpy_random() -> Any:
-    """`numpy.random`, if it was imported: else nothing was drawn from it, and its import takes a lock.
-
-    A child of a fork would wait for ever for that lock, if another thread held it in the parent.
-    """
-    return sys.modules.get("numpy.random")
-
-
-def random_state() -> tuple[object, ...]:
-    """Where the random numbers of torch, its accelerators in use, numpy and Python stand; equal until one is drawn."""
-    numpy_random = _numpy_random()
-    _, words, *rest = ("", ()) if numpy_random is None else numpy_random.get_state(legacy=True)
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    states = (torch.get_rng_state(), *cuda)
-    return random.getstate(), np.asarray(words).tobytes(), *rest, *(bytes(memory_of(state)) for state in states)
-
-
-@contextlib.contextmanager
-def preserved_randomness() -> Iterator[None]:
-    """Leave the random state of torch, its accelerators in use, numpy and Python as it was."""
-    numpy_random = _numpy_random()
-    python, torch_state = random.getstate(), torch.get_rng_state()
-    numpy_state = None if numpy_random is None else numpy_random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        if numpy_random is not None and numpy_state is not None:
-            numpy_random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..chance import preserved_randomness
 from ..contents import Contents, is_container, items_of, refill
-from ..selfcheck import preserved_randomness
 
 __all__ = ["as_it_was"]
 

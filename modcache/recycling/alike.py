@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..selfcheck import tolerance_of
+from ..precision import tolerance_of
 from .trees import located, same_but_tensors
 
 __all__ = ["agree", "difference", "floor_of", "rows_agree"]

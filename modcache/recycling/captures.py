@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..arguments import Arguments
+from ..chance import preserved_randomness
 from ..errors import CutError
-from ..selfcheck import preserved_randomness
 from .alike import agree
 from .axes import to_rows
 from .branches import Branches

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..arguments import Arguments
+from ..chance import preserved_randomness
 from ..errors import CutError
 from ..fingerprint import context
 from ..memo import Bypass
-from ..selfcheck import preserved_randomness
 from .axes import from_rows
 from .branches import Branches, Way, Ways
 from .captures import capture, refuse_feeding, rows_of_capture, shapes_of

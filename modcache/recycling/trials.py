@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..arguments import Arguments
-from ..selfcheck import preserved_randomness
+from ..chance import preserved_randomness
 from .branches import Branches
 from .captures import Captured, capture, not_reached
 from .ghosts import Ghost, unwrapped

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..selfcheck import preserved_randomness
+from ..chance import preserved_randomness
 from .stashes import buffers_of
 
 __all__ = ["seed", "untouched"]
