@@ -176,7 +176,7 @@ def subclass(cls: type[nn.Module], more: dict[str, Any]) -> type[nn.Module]:
         body["recompile"] = _recompile(cls)
     if (become := getattr(cls, "cls_to_become", None)) is not None:
         body["cls_to_become"] = cached_class(become)  # a lazy module stays wrapped when it materialises
-    made: type[nn.Module] = type(cls)(cls.__name__, (_Quiet, cls), body)  # type: ignore[misc]  # of its own metaclass
+    made: type[nn.Module] = type(cls)(cls.__name__, (_quiet(cls), cls), body)  # type: ignore[misc]  # of its own metaclass
     made.__bases__ = (cls,)
     return made
 
@@ -186,6 +186,18 @@ class _Quiet:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register nothing."""
+
+
+def _quiet(cls: type) -> type:
+    """`_Quiet` in the layout of a class, which grows from another base where one without attributes comes first."""
+    while cls.__base__ is not None and cls.__base__.__dictoffset__:
+        cls = cls.__base__
+    if cls.__base__ in (object, None):
+        return _Quiet
+    body = {**vars(_Quiet), "__orig_bases__": ()}  # Generic asks what it was given
+    del body["__dict__"], body["__weakref__"]
+    made: type = type(cls.__base__)("_Quiet", (cls.__base__,), body)
+    return made
 
 
 def _forward(cls: type[nn.Module]) -> Callable[..., Any]:

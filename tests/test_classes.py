@@ -3,6 +3,8 @@
 import copy
 import inspect
 import pickle
+from abc import ABC
+from typing import Generic, Protocol, TypeVar
 
 import pytest
 import torch
@@ -152,6 +154,49 @@ def test_wrapping_registers_no_subclass():
         assert isinstance(module, Own)
         assert type(module).__mro__[1] is Own
     assert known == {"own": Own}
+
+
+T = TypeVar("T")
+
+
+class Wide(Protocol):
+    """What a class of the user's says that it has."""
+
+    width: int
+
+
+class Plugin:
+    """A base without attributes of its own, as ABC and Generic are."""
+
+    __slots__ = ()
+
+
+@pytest.mark.parametrize("base", [ABC, Generic[T], Wide, Plugin], ids=["ABC", "Generic", "Protocol", "slots"])
+def test_a_base_without_attributes_may_come_first(base):
+    """Its layout is another one than that of a class that begins with `nn.Module`; no registry hears of it either."""
+    known = []
+
+    class First(base, nn.Module):
+        def __init_subclass__(cls, **more):
+            super().__init_subclass__(**more)
+            known.append(cls)
+
+    class Doubled(First):
+        def __init__(self):
+            nn.Module.__init__(self)  # a protocol's own one calls no other
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.linear(x) * 2
+
+    batch = torch.eye(3)
+    for module in (cached_module(Doubled(), freeze=True), cached_module(freeze=True)(Doubled)()):
+        first = module(batch)
+        assert torch.equal(module(batch), first)
+        assert cache_of(module).stats.hits == 3
+        assert type(module).__mro__[1] is Doubled
+        assert torch.equal(uncached(module)(batch), first)
+    assert known == [Doubled]
 
 
 def test_a_module_that_takes_no_attributes():
