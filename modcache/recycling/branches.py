@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C import (
+    _get_function_stack_at,
+    _len_torch_function_stack,
+    _pop_torch_function_stack,
+    _push_on_torch_function_stack,
+)
 from torch.overrides import TorchFunctionMode
 
 from .asks import FACTS, answer_of, sizes_of_answer
@@ -39,9 +45,9 @@ class Ways:
         self._answers: dict[Way, set[object]] = {}
         self._looks: Counter[Way] = Counter()
 
-    def __contains__(self, way: Way) -> bool:
-        """Whether it was looked at."""
-        return way in self.places or way[-1] in self._answers.get(way[:-1], ())
+    def knows(self, place: Way, answer: str) -> bool:
+        """Whether this answer was looked at, or all at this place."""
+        return place in self.places or answer in self._answers.get(place, ())
 
     @property
     def by_values(self) -> bool:
@@ -73,7 +79,6 @@ class Branches(TorchFunctionMode):
     """
 
     def __init__(self, known: Ways | None = None, trace: Trace | None = None) -> None:
-        super().__init__()
         self._known = Ways() if known is None else known
         self.trace = trace
         self.inside = False
@@ -86,7 +91,7 @@ class Branches(TorchFunctionMode):
         frame = sys._getframe(1)
         if (id(frame.f_code), frame.f_lasti) not in self._known.places:
             self._note_place(frame)
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs) if kwargs else func(*args)
         if func in FACTS:
             return result  # which tells no values, and is most of what is asked
         name = getattr(func, "__name__", "")
@@ -96,6 +101,18 @@ class Branches(TorchFunctionMode):
         if answer is not None:
             self._note(answer, (args, kwargs))
         return result
+
+    def watch(self) -> None:
+        """Be entered."""
+        _push_on_torch_function_stack(self)
+
+    def unwatch(self) -> bool:
+        """Be left, and say so, unless the model's own code entered another mode since."""
+        count = _len_torch_function_stack()
+        if not count or _get_function_stack_at(count - 1) is not self:
+            return False
+        _pop_torch_function_stack()
+        return True
 
     def irrelevant(self, inputs: Iterable[str]) -> set[Way]:
         """The places where values were asked for that none of these inputs went into."""
@@ -119,8 +136,8 @@ class Branches(TorchFunctionMode):
         place = (code.co_filename, code.co_firstlineno, code.co_name, frame.f_lasti)
         if self.trace is not None:
             self.marks[place] = self.marks.get(place, frozenset()) | self.trace.all_marks(args)
-        if place not in self._known and (way := (*place, str(answer))) not in self._known:
-            self.new.add(way)
+        if not self._known.knows(place, said := str(answer)):
+            self.new.add((*place, said))
 
 
 def _outside_of_torch(frame: types.FrameType) -> types.FrameType:

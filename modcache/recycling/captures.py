@@ -13,11 +13,12 @@ from ..errors import CutError
 from .alike import agree
 from .axes import to_rows
 from .branches import Branches
+from .gates import running
 from .ghosts import Origin
 from .kinds import Asked, owned
 from .plan import Plan, Shapes
 from .runs import Capture, Reached
-from .shadow import ABSENT, Shadow, Written, running
+from .shadow import ABSENT, Shadow, Written
 from .trees import Step, located, same_but_tensors
 
 __all__ = [
@@ -53,7 +54,7 @@ def capture(
     Raises:
         CutError: the cut was not reached.
     """
-    shadow.take_over(training=False)
+    shadow.put_in_eval()
     given, run.branches, before = owned(arguments), branches, _versions(shadow)
     try:
         with torch.inference_mode(False), torch.no_grad(), running(run), branches:

@@ -112,7 +112,7 @@ def filled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
         CutError: the value of one is not stored.
     """
     if not ATOMS.issuperset(map(type, args)):
-        args = mapped(args, unwrapped, Ghost)
+        args = tuple([value if type(value) in ATOMS else mapped(value, unwrapped, Ghost) for value in args])
     if not ATOMS.issuperset(map(type, kwargs.values())):
         kwargs = mapped(kwargs, unwrapped, Ghost)
     return args, kwargs

@@ -158,7 +158,7 @@ class Shapes:
 
 def _scaled(template: Template, slopes: tuple[tuple[Slope, ...], ...], before: int, rows: int) -> Template:
     each = iter(slopes)
-    return Template(mapped(template.value, lambda spec: _grown(spec, next(each), before, rows), Spec), template.steps)
+    return template._replace(value=mapped(template.value, lambda spec: _grown(spec, next(each), before, rows), Spec))
 
 
 def _grown(spec: Spec, slopes: tuple[Slope, ...], before: int, rows: int) -> Spec:

@@ -21,8 +21,9 @@ from ..refusals import unusual
 from ..requested import Requested
 from .cache import RecycledCache
 from .distributed import reducer_around
+from .forms import Form, key_of
 from .frozen import Frozen
-from .kinds import Asked, asked_of, inputs_of
+from .kinds import Asked, asked_of, inputs_of, owned
 from .plan import Asking, Plan
 from .probe import probe
 from .resuming import Call, Resuming, given_to_trunk
@@ -33,6 +34,7 @@ __all__ = ["Recycled"]
 
 
 _KINDS = 64
+_FORMS = 512
 
 
 class _Local(threading.local):
@@ -63,6 +65,7 @@ class Recycled:
         self.frozen = Frozen()
         self.parted: dict[tuple[object, ...], Parted] = {}
         self._resuming = Resuming(asking.cut_requires_grad)
+        self._forms: dict[tuple[object, ...], Form] = {}
         self.written: set[tuple[int, str]] = set()  # attributes of ancestors that a forward sets
         self._binder: Binder | None = None
         self._lock = threading.RLock()
@@ -129,6 +132,10 @@ class Recycled:
         """The model is being moved or cast: nothing that depends on where it was may be kept."""
         for parted in self.parted.values():
             parted.attached.moved()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._forms.clear()
         self._resuming.forget()
 
     # --- a call
@@ -144,21 +151,43 @@ class Recycled:
             return self._strangely(strange, partial(cls.forward, model), args, kwargs)
         local.inside = True
         try:
-            asked = self._asked(cls, args, kwargs)
-            if asked.batch.size == 0:
-                return cls.forward(model, *args, **kwargs)
-            found = self.plan_of(model, cls, asked)
-            if found is None or self.closed or strange is not None:
-                reason = strange or ("closed" if self.closed else "one row of a new kind of call")
-                return self._in_full(reason, partial(cls.forward, model), args, kwargs, asked.batch.size)
-            plan, parted = found
-            inputs = inputs_of(asked, plan.wanted)
+            key = None if strange is not None or self.closed else key_of(args, kwargs)
+            form, shadow = None if key is None else self._forms.get(key), local.shadow
+            if (
+                form is not None
+                and shadow is not None
+                and shadow.model is model
+                and shadow.follow()
+                and form.parted.is_in_step(shadow.stamp)
+            ):  # nothing was changed about the model since a call like this one
+                asked: Asked | Callable[[], Asked] = partial(self._asked, cls, args, kwargs)
+                inputs = form.inputs(args, kwargs)
+            else:
+                asked = self._asked(cls, args, kwargs)
+                if asked.batch.size == 0:
+                    return cls.forward(model, *args, **kwargs)
+                found = self.plan_of(model, cls, asked)
+                if found is None or self.closed or strange is not None:
+                    reason = strange or ("closed" if self.closed else "one row of a new kind of call")
+                    return self._in_full(reason, partial(cls.forward, model), args, kwargs, asked.batch.size)
+                plan, parted = found
+                shadow, inputs = self.shadow(model), inputs_of(asked, plan.wanted)
+                parted.follow(shadow, self.written)
+                form = Form(asked, plan, parted, inputs, self._resuming.ways(asked.kind))
+                # The model's own code may take things out of what it is given, and is yet to be given it.
+                asked = asked._replace(arguments=owned(asked.arguments))
+                if key is not None:
+                    self._note(key, form)
             if torch.is_grad_enabled():
-                self._refuse_grad(plan, inputs)
-            parted.take_over(self.written)
-            return self._resuming(Call(asked, plan, parted, self.shadow(model), cls.forward, inputs, keys))
+                self._refuse_grad(form.plan, inputs)
+            return self._resuming(Call(form, asked, shadow, cls.forward, inputs, keys), args, kwargs)
         finally:
             local.inside = False
+
+    def _note(self, key: tuple[object, ...], form: Form) -> None:
+        if len(self._forms) >= _FORMS:
+            self._forms.clear()
+        self._forms[key] = form
 
     def _strangely(
         self, reason: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -186,8 +215,9 @@ class Recycled:
     def shadow(self, model: nn.Module) -> Shadow:
         """The shadow of the model in this thread."""
         found = self._local.shadow
-        if found is None or found.model is not model or not found.is_current():
+        if found is None or found.model is not model or not found.follow():
             found = self._local.shadow = Shadow(model, model.get_submodule(self.asking.at), self.written)
+            found.follow()
         return found
 
     def plan_of(self, model: nn.Module, cls: type[nn.Module], asked: Asked) -> tuple[Plan, Parted] | None:
@@ -201,7 +231,7 @@ class Recycled:
                 self.plans.clear()
                 self.parted.clear()
                 self.written.clear()
-                self._resuming.forget()
+                self._forget()
                 plan = parted = None
             if plan is None:
                 if asked.batch.size < 2 and self.plans and not torch.is_grad_enabled():
@@ -229,7 +259,7 @@ class Recycled:
                 f"{plan.at}: {', '.join(late[:3])} would be frozen now, but {around} is around the model, and waits "
                 "for its gradient in each step. Call recycle(model, ..., batch=...) before wrapping it."
             )
-        self._resuming.looked_at(asked, ways)
+        self._resuming.ways(asked.kind).learn(ways)
         return plan
 
     def _refuse_scripted(self, model: nn.Module, plan: Plan) -> None:

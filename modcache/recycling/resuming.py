@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 
-from ..arguments import Arguments
 from ..chance import preserved_randomness
 from ..errors import CutError
 from ..fingerprint import context
 from ..memo import Bypass
 from .axes import from_rows
-from .branches import Branches, Way, Ways
+from .branches import Branches, Ways
 from .captures import capture, refuse_feeding, rows_of_capture, shapes_of
+from .forms import Form
+from .gates import called_in
 from .ghosts import Ghost, Origin, unwrapped
-from .kinds import Asked, first_row, owned, rows_in, with_inputs
+from .kinds import Asked, first_row, rows_in, with_inputs
 from .plan import Plan, Shapes
 from .proving import Proof, Sample, sample_of
 from .runs import Capture, Resume
-from .shadow import Shadow, running
+from .shadow import Shadow
 from .trees import Step, fill_inside, mapped
-from .trunk import Parted, Trunk, capturing
 
 __all__ = ["Call", "Resuming", "given_to_trunk"]
 
 _SIZES = 512
+_STATES = 16
 _SAMPLED = 8
 _SAMPLES = 8
 
@@ -34,26 +37,41 @@ _Sizes = tuple[object, ...]
 """What shapes before the cut depend on: the kind of call, the sizes of its inputs, the context, the trunk's state."""
 
 
-class Call(NamedTuple):
+class Call:
     """One call, and what it is resumed with.
 
     Args:
-        asked: the call.
-        plan: how calls of its kind are parted.
-        parted: the trunk.
+        form: what is known of all calls like it.
+        asked: as it was looked at, or what does that.
         shadow: of the model, in this thread.
         forward: the model's own.
         inputs: those that feed the cut, by path.
         keys: keys of the rows that the caller gave.
     """
 
-    asked: Asked
-    plan: Plan
-    parted: Parted
-    shadow: Shadow
-    forward: Callable[..., Any]
-    inputs: Mapping[str, Any]
-    keys: Any
+    __slots__ = ("_asked", "form", "forward", "inputs", "keys", "looked", "made", "shadow", "ways")
+
+    def __init__(
+        self,
+        form: Form,
+        asked: Asked | Callable[[], Asked],
+        shadow: Shadow,
+        forward: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        keys: Any,
+    ) -> None:
+        self.form, self._asked, self.shadow, self.forward = form, asked, shadow, forward
+        self.inputs, self.keys = inputs, keys
+        self.ways = Branches(form.ways)
+        self.made: Shapes | None = None
+        self.looked = False
+
+    @property
+    def asked(self) -> Asked:
+        """The call as rows, in lists and mappings of its own."""
+        if not isinstance(self._asked, Asked):
+            self._asked = self._asked()
+        return self._asked
 
 
 class _RefusedError(BaseException):
@@ -77,63 +95,61 @@ class Resuming:
         self._ways: dict[tuple[object, ...], Ways] = {}
         self._samples: dict[_Sizes, list[Sample]] = {}
 
-    def looked_at(self, asked: Asked, ways: frozenset[Way]) -> None:
-        """A probe looked at these ways."""
-        self._ways.setdefault(asked.kind, Ways()).learn(ways)
+    def ways(self, kind: tuple[object, ...]) -> Ways:
+        """The ways to the cut that were looked at in calls of this kind."""
+        return self._ways.get(kind) or self._ways.setdefault(kind, Ways())
 
     def forget(self) -> None:
         """The model is another one."""
         self._shapes.clear()
         self._samples.clear()
 
-    def __call__(self, call: Call) -> Any:
+    def __call__(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the model gives."""
-        asked, plan, inputs = call.asked, call.plan, call.inputs
-        given = asked.arguments
-        kept = owned(given)  # the model's own code may take things out of what it is given, and is yet to be given it
-        if kept is not given:
-            asked = asked._replace(arguments=kept)
-            call = call._replace(asked=asked)
-        known = self._ways.get(asked.kind) or self._ways.setdefault(asked.kind, Ways())
-        ways, made, looked = Branches(known), list[Shapes](), False
-
-        def run(given: dict[str, Any]) -> Any:
-            nonlocal looked
-            whole = all(given.get(path) is value for path, value in inputs.items())
-            arguments = asked.arguments if whole else with_inputs(asked, given, rows_in(asked, given))
-            with preserved_randomness():  # what a hit does not draw, a miss must not draw either
-                found = capture(Capture(plan.call, plan.extras), call.shadow, call.forward, arguments, plan.at, ways)
-            if not made and _fits(asked, given):
-                made.append(shapes_of(plan, found, rows_in(asked, given)))
-            rows = rows_of_capture(plan, found)
-            if ways.new:
-                looked = True
-                try:
-                    if not self._proved(call, ways, given, rows):
-                        raise Bypass("took a new way alone", None, rows)
-                except CutError as error:
-                    raise _RefusedError(error) from None
-            return rows
-
+        form, ways = call.form, call.ways
+        parted = form.parted
         try:
-            with capturing(run):
-                trunk = call.parted.trunk
-                stored = call.parted.attached.forward(trunk, Trunk, (), given_to_trunk(plan, inputs, call.keys))
+            stored = parted.rows(partial(self._computed, call), given_to_trunk(form.plan, call.inputs, call.keys))
+            if ways.new:
                 ways.new.clear()  # those of a row that was alone
-                sizes = _sizes_of(call)
-                shapes = self._shapes_of(call, sizes, made, run)
+            around = context(), parted.attached.state
+            shapes = form.shapes.get(around)
+            if shapes is None or (call.made is not None and form.plan.shared):
+                shapes = self._shapes_of(call, (form.kind, form.sizes, *around))
+                if len(form.shapes) >= _STATES:
+                    form.shapes.clear()
+                form.shapes[around] = shapes
         except _RefusedError as refused:
             raise refused.error from None
-        output = self._head(call, given, shapes, stored, ways)
+        output = self._head(call, args, kwargs, shapes, stored)
         if ways.new:
-            looked = True
-            self._proof(call, ways).refuse_other(stored)
-            self._proved(call, ways)
-        if known.by_values and asked.batch.size > 1:
-            self._remember(call, sizes, stored, anew=looked)
+            call.looked = True
+            self._proof(call).refuse_other(stored)
+            self._proved(call)
+        if form.ways.by_values and form.rows > 1:
+            self._remember(call, (form.kind, form.sizes, *around), stored)
         return output
 
-    def _proved(self, call: Call, ways: Branches, given: Mapping[str, Any] | None = None, rows: Any = None) -> bool:
+    def _computed(self, call: Call, given: dict[str, Any]) -> Any:
+        """What is stored of rows that are missing."""
+        asked, plan, ways = call.asked, call.form.plan, call.ways
+        whole = all(given.get(path) is value for path, value in call.inputs.items())
+        arguments = asked.arguments if whole else with_inputs(asked, given, rows_in(asked, given))
+        with preserved_randomness():  # what a hit does not draw, a miss must not draw either
+            found = capture(Capture(plan.call, plan.extras), call.shadow, call.forward, arguments, plan.at, ways)
+        if call.made is None and _fits(asked, given):
+            call.made = shapes_of(plan, found, rows_in(asked, given))
+        rows = rows_of_capture(plan, found)
+        if ways.new:
+            call.looked = True
+            try:
+                if not self._proved(call, given, rows):
+                    raise Bypass("took a new way alone", None, rows)
+            except CutError as error:
+                raise _RefusedError(error) from None
+        return rows
+
+    def _proved(self, call: Call, given: Mapping[str, Any] | None = None, rows: Any = None) -> bool:
         """Whether rows come out the same on new ways, which are known from now on.
 
         A row that is alone is right, but nobody knows of it among others.
@@ -142,22 +158,22 @@ class Resuming:
             CutError: they do not.
         """
         samples = [sample for sample in self._samples_of(_sizes_of(call)) if sample.goes_with(call.asked)]
-        if call.asked.batch.size + len(samples) < 2:
+        if call.form.rows + len(samples) < 2:
             return False
-        self._proof(call, ways).refuse_coupled(samples, given, rows)
-        self._ways[call.asked.kind].learn(ways.new)
-        ways.new.clear()
+        self._proof(call).refuse_coupled(samples, given, rows)
+        call.form.ways.learn(call.ways.new)
+        call.ways.new.clear()
         return True
 
-    def _remember(self, call: Call, sizes: _Sizes, stored: Any, *, anew: bool) -> None:
+    def _remember(self, call: Call, sizes: _Sizes, stored: Any) -> None:
         """Keep a row of a batch, one for each new way: rows on other ways are to be the same beside it."""
         samples = self._samples_of(sizes)
-        if (anew or not samples) and len(samples) < _SAMPLES:
+        if (call.looked or not samples) and len(samples) < _SAMPLES:
             samples.extend(filter(None, [sample_of(call.asked, stored)]))
 
-    def _proof(self, call: Call, ways: Branches) -> Proof:
-        tokens = call.parted.attached.memo.options.extractor.name == "tokens"
-        return Proof(call.plan, call.shadow, call.forward, call.asked, ways, tokens=tokens)
+    def _proof(self, call: Call) -> Proof:
+        tokens = call.form.parted.attached.memo.options.extractor.name == "tokens"
+        return Proof(call.form.plan, call.shadow, call.forward, call.asked, call.ways, tokens=tokens)
 
     def _samples_of(self, sizes: _Sizes) -> list[Sample]:
         """Rows of earlier batches of the same sizes and state."""
@@ -168,44 +184,47 @@ class Resuming:
             found = self._samples[sizes] = []
         return found
 
-    def _shapes_of(self, call: Call, sizes: _Sizes, made: list[Shapes], run: Callable[[dict[str, Any]], Any]) -> Shapes:
+    def _shapes_of(self, call: Call, sizes: _Sizes) -> Shapes:
         """Shapes are those of the latest capture, or of an earlier one of the same sizes and state, or of one row."""
         shapes = self._shapes.get(sizes)
-        if shapes is None or (made and call.plan.shared):
-            if not made:
-                try:
-                    run({path: first_row(call.asked, path, value) for path, value in call.inputs.items()})
-                except Bypass:  # of a row that is alone: its shapes are known all the same
-                    assert made
+        if shapes is None or (call.made is not None and call.form.plan.shared):
+            if call.made is None:
+                row = {path: first_row(call.asked, path, value) for path, value in call.inputs.items()}
+                with contextlib.suppress(Bypass):  # of a row that is alone: its shapes are known all the same
+                    self._computed(call, row)
+            assert call.made is not None
             if len(self._shapes) >= _SIZES:
                 self._shapes.clear()
-            shapes = self._shapes[sizes] = made[0]
+            shapes = self._shapes[sizes] = call.made
         return shapes
 
-    def _head(self, call: Call, arguments: Arguments, shapes: Shapes, stored: Any, ways: Branches) -> Any:
-        plan, shadow = call.plan, call.shadow
+    def _head(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Shapes, stored: Any) -> Any:
+        form, plan, shadow = call.form, call.form.plan, call.shadow
+        wants_grad = self._cut_requires_grad and torch.is_grad_enabled()
         values: dict[Step, torch.Tensor] = {}
         extras: dict[Origin, torch.Tensor] = {}
         for source, value in _stored_tensors(plan, shapes, stored):
-            if self._cut_requires_grad and torch.is_grad_enabled() and value.is_floating_point():
+            if wants_grad and value.is_floating_point():
                 value.requires_grad_()
             if isinstance(source, Origin):
                 extras[source] = value
             else:
                 values[source] = value
-        run = Resume(plan.call, shapes.scaled(plan, call.asked.batch.size), plan.live, plan.twins, values, extras)
-        run.branches, run.fires = ways, plan.fires
-        shadow.take_over()
+        templates = shapes.templates if shapes.rows == form.rows else shapes.scaled(plan, form.rows)
+        run = Resume(plan.call, templates, plan.live, plan.twins, values, extras)
+        run.branches, run.fires = call.ways, plan.fires
+        if not shadow.ready:  # modules before the cut ran on it
+            shadow.follow()
         shadow.skipped = plan.skipped
         try:
-            with running(run):
-                run.watch()
-                try:
-                    output = call.forward(shadow.root, *arguments.args, **arguments.kwargs)
-                finally:
-                    run.unwatch()
-                if not run.reached and run.error is None:
-                    raise run.failed(_not_called(plan))
+            run.watch()
+            try:
+                output = called_in(run, call.forward, shadow.root, args, kwargs)
+            finally:
+                run.unwatch()
+            if not run.reached and run.error is None:
+                raise run.failed(_not_called(plan))
+            if type(output) is not torch.Tensor:
                 output = mapped(output, unwrapped, Ghost)
                 fill_inside(output, unwrapped, Ghost)
         except Exception:
@@ -228,13 +247,13 @@ def _not_called(plan: Plan) -> CutError:
     )
 
 
-def _stored_tensors(plan: Plan, shapes: Shapes, stored: Any) -> Iterator[tuple[Step | Origin, torch.Tensor]]:
+def _stored_tensors(plan: Plan, shapes: Shapes, stored: Any) -> list[tuple[Step | Origin, torch.Tensor]]:
     """What a resumed call needs, as the model had it."""
-    for source, value in shapes.shared.items():
-        yield source, value.clone()
+    found = [(source, value.clone()) for source, value in shapes.shared.items()] if shapes.shared else []
     for kept, rows in zip(plan.per_row, stored, strict=True):
         assert kept.axis is not None
-        yield kept.source, from_rows(rows, kept.axis)
+        found.append((kept.source, from_rows(rows, kept.axis)))
+    return found
 
 
 def given_to_trunk(plan: Plan, inputs: Mapping[str, Any], keys: Any) -> dict[str, Any]:
@@ -246,7 +265,7 @@ def given_to_trunk(plan: Plan, inputs: Mapping[str, Any], keys: Any) -> dict[str
 
 
 def _sizes_of(call: Call) -> _Sizes:
-    return call.asked.kind, call.asked.sizes, context(), call.parted.attached.state
+    return call.form.kind, call.form.sizes, context(), call.form.parted.attached.state
 
 
 def _fits(asked: Asked, given: Mapping[str, Any]) -> bool:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.overrides import _get_current_function_mode
 
 from ..errors import CutError
 from .branches import Branches
+from .gates import Place
 from .ghosts import Ghost, filled
 from .origins import Origin, Spec, spec_of
-from .shadow import Place, eval_twin
+from .shadow import eval_twin
 from .trace import Mark, Trace
 from .trees import ATOMS, Step, hidden_tensors, located, mapped
 
@@ -30,23 +30,25 @@ class Reached(BaseException):
 
 
 class Template(NamedTuple):
-    """What a module returned, with shapes in the places of tensors."""
+    """What a module returned, with shapes in the places of tensors.
+
+    Args:
+        value: the structure.
+        origins: of each tensor in it.
+    """
 
     value: Any
-    steps: tuple[Step, ...]
+    origins: tuple[Origin, ...]
 
-    def ghosts(self, sheet: Resume, called: Called) -> Any:
+    def ghosts(self, sheet: Resume) -> Any:
         """The same structure with ghosts in it."""
-        path, number = called
-        if type(self.value) is Spec:
-            return Ghost(sheet, self.value, Origin(path, number, ()))
-        steps = iter(self.steps)
-        return mapped(self.value, lambda spec: Ghost(sheet, spec, Origin(path, number, next(steps))), Spec)
+        origins = iter(self.origins)
+        return mapped(self.value, lambda spec: Ghost(sheet, spec, next(origins)), Spec)
 
 
-def template_of(output: Any) -> Template:
+def template_of(output: Any, called: Called) -> Template:
     """The shapes of what a module returned."""
-    return Template(mapped(output, spec_of), tuple(step for step, _ in located(output)))
+    return Template(mapped(output, spec_of), tuple(Origin(*called, step) for step, _ in located(output)))
 
 
 class Capture:
@@ -57,6 +59,8 @@ class Capture:
         keep: whose outputs are wanted beside the arguments of the cut; ``None`` keeps all.
         trace: follows values, if that is wanted.
     """
+
+    passing = False
 
     def __init__(self, call: int, keep: AbstractSet[Called] | None = None, trace: Trace | None = None) -> None:
         self.call = call
@@ -90,7 +94,7 @@ class Capture:
             return output
         if self._keep is None or called in self._keep:
             self.outputs[called] = output
-        self.templates[called] = template_of(output)
+        self.templates[called] = template_of(output, called)
         return output
 
     def _inside(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -136,13 +140,17 @@ class Capture:
             )
 
 
-def _ghosts_in(group: int, given: Iterable[tuple[int | str, Any]]) -> Iterator[tuple[Step, Ghost]]:
+def _ghosts_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Step, Ghost]:
     """The ghosts among the arguments of a module: in its positional (0) or named (1) ones."""
-    for step, value in given:
-        if type(value) is Ghost:
-            yield (group, step), value
-        elif type(value) not in ATOMS:
-            yield from located(value, Ghost, (group, step))
+    found: dict[Step, Ghost] = {}
+    given: tuple[Iterable[tuple[int | str, Any]], ...] = enumerate(args), kwargs.items()
+    for group, values in enumerate(given):
+        for step, value in values:
+            if type(value) is Ghost:
+                found[group, step] = value
+            elif type(value) not in ATOMS:
+                found.update(located(value, Ghost, (group, step)))
+    return found
 
 
 def _listed(value: Any) -> list[torch.Tensor]:
@@ -168,6 +176,15 @@ class Resume:
         known: outputs that may be taken, because it is to be found out which are needed.
     """
 
+    passing = False
+    reached = False
+    derived = False
+    fires = False
+    error: CutError | None = None
+    branches: Branches | None = None
+    ghostly: tuple[Step, ...] = ()
+    _watching = False
+
     def __init__(
         self,
         call: int,
@@ -186,25 +203,17 @@ class Resume:
         self._extras = extras
         self._known = known
         self._counts: dict[str, int] = {}
-        self.reached = False
         self.touched: set[int] = set()
-        self.derived = False
-        self.error: CutError | None = None
         self.needed: dict[Origin, None] = {}
-        self.ghostly: tuple[Step, ...] = ()
         self.after: set[str] = set()
-        self.branches: Branches | None = None
-        self._watching = False
-        self.fires = False
 
     def called(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module behind a gate, or hand out ghosts in its stead."""
+        path = place.path
         if self.reached:
-            if self._known is not None:
-                self.after.add(place.path)
+            self.after.add(path)
             args, kwargs = filled(args, kwargs)
             return place.module(*args, **kwargs)
-        path = place.path
         number = self._counts.get(path, 0)
         self._counts[path] = number + 1
         called = path, number
@@ -214,7 +223,8 @@ class Resume:
             return place.module(*args, **kwargs)
         template = self._templates.get(called)
         if template is not None and called not in self._live:
-            ghosts = template.ghosts(self, called)
+            alone = type(template.value) is Spec  # what most modules return
+            ghosts = Ghost(self, template.value, template.origins[0]) if alone else template.ghosts(self)
             return self._hooked(place.module, args, kwargs, ghosts) if self.fires else ghosts
         if place.bare:
             module = eval_twin(place.module) if path in self._twins else place.module
@@ -240,32 +250,30 @@ class Resume:
         return output
 
     def _bind(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ghosts = [*_ghosts_in(0, enumerate(args)), *_ghosts_in(1, kwargs.items())]
-        self.ghostly = tuple(step for step, _ in ghosts)
+        ghosts = _ghosts_in(args, kwargs)
+        self.ghostly = tuple(ghosts)
         if self._values is None:
             raise Reached
         self.unwatch()
-        if set(self.ghostly) != set(self._values):
+        if ghosts.keys() != self._values.keys():
             raise self.failed(
                 CutError(f"{path} is given other tensors from before the cut than when this kind of call was probed.")
             )
-        for step, ghost in ghosts:
+        for step, ghost in ghosts.items():
             ghost.bind(self._values[step].requires_grad_() if ghost.wants_grad else self._values[step])
         self.reached = True
+        self.passing = self._known is None
 
     def watch(self) -> None:
         """Note from here up to the cut which way is taken."""
-        self._watching = self.branches is not None
         if self.branches is not None:
-            self.branches.__enter__()  # type: ignore[no-untyped-call]
+            self._watching = True
+            self.branches.watch()
 
     def unwatch(self) -> None:
         """Note no more, if the cut was not reached."""
-        if self.branches is None or not self._watching:
-            return
-        if _get_current_function_mode() is self.branches:  # type: ignore[no-untyped-call]  # else the model's own code entered another one since
-            self._watching = False
-            self.branches.__exit__(None, None, None)
+        if self._watching and self.branches is not None:
+            self._watching = not self.branches.unwatch()
 
     def value_of(self, origin: Origin, ghost: Ghost) -> torch.Tensor:
         """The stored value of a module's output."""

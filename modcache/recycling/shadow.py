@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-from operator import is_not
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..classes import original_class
-from ..errors import CutError
 from .classes import is_never_called
-from .ghosts import Ghost, filled, settled
+from .gates import Place, gate_class
+from .ghosts import Ghost, settled
 from .trees import mapped
 
-__all__ = ["ABSENT", "Place", "Run", "Shadow", "Written", "current", "eval_twin", "running"]
+__all__ = ["ABSENT", "Shadow", "Written", "eval_twin"]
 
-
-class Place(NamedTuple):
-    """What stands behind a gate.
-
-    Args:
-        path: the name of the module in the model.
-        module: the module itself.
-        bare: it has neither parameters nor buffers that are saved, so it is not worth a stand-in.
-        cut: it is the submodule at which the model is cut.
-    """
-
-    path: str
-    module: nn.Module
-    bare: bool
-    cut: bool
-
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 ABSENT = object()
 """There was no such attribute."""
@@ -53,92 +37,47 @@ class Written(NamedTuple):
     before: Any
 
 
-class Run(Protocol):
-    """One forward of a shadow: decides what calling a gate does."""
+class _Copy:
+    """A module of a shadow that has attributes and children of its own, and what those of its original were.
 
-    def called(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A gate was called."""
+    Args:
+        original: the module of the model.
+        other: what stands for it.
+        inner: the children of that.
+    """
 
+    __slots__ = ("children", "children_names", "inner", "mine", "mine_names", "names", "original", "other", "values")
 
-class _Local(threading.local):
-    run: Run | None = None
+    def __init__(self, original: nn.Module, other: nn.Module, inner: dict[str, nn.Module | None]) -> None:
+        self.original, self.other, self.inner = original, other, inner
+        children = vars(original)["_modules"]
+        self.children_names, self.children = list(children), list(children.values())
+        self.take_over(None)
 
+    def take_over(self, training: bool | None) -> None:
+        """Give the copy the attributes of its original; ``training`` overrides that of these."""
+        theirs, mine = vars(self.original), vars(self.other)
+        mine.clear()
+        mine.update(theirs)
+        mine["_modules"] = self.inner
+        mine.pop("_compiled_call_impl", None)
+        self.names, self.values = list(theirs), list(theirs.values())
+        self.mine_names, self.mine = list(mine), list(mine.values())
+        if training is not None:
+            mine["training"] = training
+            self.values = []  # to be taken over anew
 
-_local = _Local()
-
-
-def current() -> Run | None:
-    """The forward that this thread is in, if any."""
-    return _local.run
-
-
-class running:  # noqa: N801 - a context manager, used like a function
-    """The forward that gates called by this thread belong to."""
-
-    __slots__ = ("_before", "_run")
-
-    def __init__(self, run: Run | None) -> None:
-        self._run = run
-
-    def __enter__(self) -> None:
-        self._before, _local.run = _local.run, self._run
-
-    def __exit__(self, *exc: object) -> None:
-        _local.run = self._before
-
-
-# --- gates ----------------------------------------------------------------------------------------------
-
-_gates: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-
-
-def _call(gate: Any, *args: Any, **kwargs: Any) -> Any:
-    place, shadow = gate._modcache_gate
-    run = _local.run
-    if run is None:  # after the forward: checkpointing runs parts of it again in the backward
-        if place.path in shadow.skipped:
-            raise CutError(
-                f"{place.path}, which comes before the cut, is called after the forward (by checkpointing around it, "
-                "by a function that the model returned). Checkpoint only what comes after the cut."
-            )
-        args, kwargs = filled(args, kwargs)
-        return place.module(*args, **kwargs)
-    return run.called(place, args, kwargs)
-
-
-class _Shield:
-    """Stands before a class, so that what this does with its subclasses is not done with a gate."""
-
-    __slots__ = ()
-
-    def __init_subclass__(cls, **more: Any) -> None:
-        """Nothing."""
-
-
-def _gate_class(cls: type[nn.Module]) -> type[nn.Module]:
-    known = _gates.get(cls)
-    made = known() if known is not None else None
-    if made is None:
-
-        def __getattr__(self: Any, name: str) -> Any:  # noqa: N807 - it is the class's own
-            found = cls.__getattr__(self, name)
-            return self._modcache_gate[1].stand_in(found) if isinstance(found, nn.Module) else found
-
-        body = {
-            "__slots__": ("_modcache_gate",),
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__call__": _call,
-            "__getattr__": __getattr__,
-            "__class__": property(lambda self: cls),  # a slice of a Sequential is made by `self.__class__(...)`
-        }
-        made = type.__new__(type(cls), cls.__name__, (_Shield, cls), body)  # past what its metaclass does with classes
-        _gates[cls] = weakref.ref(made)
-    return made
-
-
-# --- the tree -------------------------------------------------------------------------------------------
+    def hand_back(self) -> Iterator[tuple[str, object]]:
+        """Names of the attributes that were set on the copy since, and what the original had."""
+        theirs, mine = vars(self.original), vars(self.other)
+        before = dict(zip(self.mine_names, self.mine, strict=True))
+        for name, value in mine.items():
+            if name not in _OWN and before.get(name, ABSENT) is not value:
+                yield name, theirs.get(name, ABSENT)
+                theirs[name] = mapped(value, settled, Ghost)
+        for name in [name for name in before if name not in mine and name not in _OWN]:
+            theirs.pop(name, None)
+        self.values = []
 
 
 class Shadow:
@@ -159,8 +98,12 @@ class Shadow:
         self._above.discard(id(cut))
         self._made: dict[int, nn.Module] = {}
         self._own: set[int] = set()
-        self._copies: list[tuple[nn.Module, nn.Module, dict[str, nn.Module | None], dict[str, Any]]] = []
+        self._copies: list[_Copy] = []
         self.model = model
+        self.stamp: object = object()
+        """Another object whenever a module of the model that has a copy has other attributes."""
+        self.ready = False
+        """Whether the copies have the attributes of their originals, and no forward has run on them since."""
         self.skipped: frozenset[str] = frozenset()
         """Modules that only run before the cut, and so not at all when resumed."""
         self.written = set() if written is None else written
@@ -190,13 +133,12 @@ class Shadow:
         return other
 
     def _remember(self, module: nn.Module, other: nn.Module, inner: dict[str, Any]) -> None:
-        children = vars(module)["_modules"]
-        for name, child in children.items():
+        for name, child in vars(module)["_modules"].items():
             inner[name] = None if child is None else self.stand_in(child)
-        self._copies.append((module, other, dict(children), inner))
+        self._copies.append(_Copy(module, other, inner))
 
     def _gate(self, module: nn.Module) -> nn.Module:
-        made = _gate_class(type(module))
+        made = gate_class(type(module))
         gate = object.__new__(made)
         self._made[id(module)] = gate
         bare = module is not self._cut and next(module.parameters(), None) is None and _keeps_nothing(module)
@@ -211,36 +153,55 @@ class Shadow:
             object.__setattr__(gate, "__dict__", vars(module))  # the very same one: nothing to keep in step
         return gate
 
-    def is_current(self) -> bool:
-        """Whether the modules of the model are the same as when the shadow was made."""
-        return all(vars(module)["_modules"] == children for module, _, children, _ in self._copies)
+    @property
+    def originals(self) -> set[int]:
+        """The modules of the model that have copies, by ``id``."""
+        return {id(copy.original) for copy in self._copies}
 
-    def take_over(self, training: bool | None = None) -> None:
-        """Give the copies the attributes of their originals; ``training`` overrides theirs."""
-        for module, other, _, inner in self._copies:
-            mine = vars(other)
-            mine.clear()
-            mine.update(vars(module))
-            mine["_modules"] = inner
-            mine.pop("_compiled_call_impl", None)
-            if training is not None:
-                mine["training"] = training
+    def follow(self) -> bool:
+        """Give the copies the attributes of their originals; whether the modules of the model are the same still."""
+        # By identity throughout, and in C: a module may have an `__eq__`, and each call comes here.
+        for copy in self._copies:
+            theirs = vars(copy.original)
+            children = theirs["_modules"]
+            if (
+                len(children) != len(copy.children)
+                or not all(map(is_, children.values(), copy.children))
+                or not all(map(is_, children, copy.children_names))
+            ):
+                return False
+            if (
+                len(theirs) != len(copy.values)
+                or not all(map(is_, theirs.values(), copy.values))
+                or not all(map(is_, theirs, copy.names))
+            ):
+                copy.take_over(None)
+                self.stamp = object()
+        self.ready = True
+        return True
+
+    def put_in_eval(self) -> None:
+        """Give the copies the attributes of their originals, in eval mode."""
+        self.ready = False
+        for copy in self._copies:
+            copy.take_over(False)
 
     def hand_back(self) -> list[Written]:
         """Give the originals what the forward set on their copies; what no forward before was seen to set."""
+        self.ready = False
         news: list[Written] = []
-        for module, other, _, _ in self._copies:
-            mine, theirs = vars(other), vars(module)
-            if list(mine) == list(theirs) and sum(map(is_not, mine.values(), theirs.values())) == 1:
-                continue  # but for the children, the very same
-            for name, value in mine.items():
-                if name not in _OWN and theirs.get(name, _local) is not value:
-                    if (id(module), name) not in self.written:
-                        news.append(Written(module, name, theirs.get(name, ABSENT)))
-                    self.written.add((id(module), name))
-                    theirs[name] = mapped(value, settled, Ghost)
-            for name in [name for name in theirs if name not in mine and name not in _OWN]:
-                del theirs[name]
+        for copy in self._copies:
+            mine = vars(copy.other)
+            if (
+                len(mine) == len(copy.mine)
+                and all(map(is_, mine.values(), copy.mine))
+                and all(map(is_, mine, copy.mine_names))
+            ):
+                continue
+            for name, before in copy.hand_back():
+                if (id(copy.original), name) not in self.written:
+                    news.append(Written(copy.original, name, before))
+                self.written.add((id(copy.original), name))
         return news
 
 

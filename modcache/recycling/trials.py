@@ -14,12 +14,13 @@ from ..arguments import Arguments
 from ..chance import preserved_randomness
 from .branches import Branches
 from .captures import Captured, capture, not_reached
+from .gates import running
 from .ghosts import Ghost, unwrapped
 from .kinds import owned
 from .origins import Origin
 from .plan import Plan
 from .runs import Capture, Reached, Resume
-from .shadow import Shadow, running
+from .shadow import Shadow
 from .trace import Trace
 from .trees import Step, mapped
 from .untouched import seed
@@ -101,7 +102,7 @@ class Trials:
         return output
 
     def _resumed(self, run: Resume, arguments: Arguments) -> Any:
-        self.shadow.take_over(training=False)
+        self.shadow.put_in_eval()
         run.branches, run.fires = self.branches, self.fires
         with torch.inference_mode(False), torch.no_grad(), running(run), preserved_randomness():
             run.watch()

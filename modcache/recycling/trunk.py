@@ -23,8 +23,9 @@ from ..recipe import Form
 from ..requested import Requested
 from ..stores import Store
 from .plan import Plan
+from .shadow import Shadow
 
-__all__ = ["Parted", "Trunk", "TrunkAttached", "capturing", "probed_memo", "trainable"]
+__all__ = ["Parted", "Trunk", "TrunkAttached", "probed_memo", "trainable"]
 
 
 class _Local(threading.local):
@@ -32,21 +33,6 @@ class _Local(threading.local):
 
 
 _local = _Local()
-
-
-class capturing:  # noqa: N801 - a context manager, used like a function
-    """What a trunk does when it is called by this thread."""
-
-    __slots__ = ("_before", "_run")
-
-    def __init__(self, run: Callable[[dict[str, Any]], Any]) -> None:
-        self._run = run
-
-    def __enter__(self) -> None:
-        self._before, _local.run = _local.run, self._run
-
-    def __exit__(self, *exc: object) -> None:
-        _local.run = self._before
 
 
 class Trunk(nn.Module):
@@ -90,13 +76,31 @@ class Parted:
         pruned = _Pruned(model, plan)
         self._pairs = pruned.pairs
         self._direct = [pair for pair in pruned.pairs if any(vars(pair[1])[kind] for kind in _DIRECT)]
+        self._seen: object = None
         self._known = [_NOTHING] * len(pruned.pairs)
         children: dict[int, tuple[nn.Module, dict[str, nn.Module]]] = {}
         for original, name, child in pruned.children:
             children.setdefault(id(original), (original, {}))[1][name] = child
         self._children = [(original, list(named), list(named.values())) for original, named in children.values()]
+        self._originals = {id(original) for original, *_ in (*pruned.pairs, *pruned.children)}
         self.trunk = Trunk(pruned.root, plan)
         self.attached = attached
+
+    def rows(self, run: Callable[[dict[str, Any]], Any], given: dict[str, Any]) -> Any:
+        """What is stored for such inputs; ``run`` computes it for those that it is not stored for."""
+        before, _local.run = _local.run, run
+        try:
+            return self.attached.forward(self.trunk, Trunk, (), given)
+        finally:
+            _local.run = before
+
+    def is_in_step(self, stamp: object) -> bool:
+        """Whether nothing was changed about the model since this was its shadow's stamp: all is as it is to be."""
+        if self._seen is not stamp:
+            return False
+        if self._direct:
+            self._take_over_direct()
+        return True
 
     def is_current(self) -> bool:
         """Whether the modules of the trunk are the same as when it was parted."""
@@ -105,16 +109,26 @@ class Parted:
                 return False
         return True
 
+    def follow(self, shadow: Shadow, written: AbstractSet[tuple[int, str]]) -> None:
+        """As `take_over`, for a shadow that has just followed the model, and whose modules these are."""
+        self.take_over(written)
+        if not written and self._originals <= shadow.originals:
+            self._seen = shadow.stamp
+
     def take_over(self, written: AbstractSet[tuple[int, str]]) -> None:
         """Give the copies of the ancestors the attributes that these have now, but for those that a forward sets."""
+        self._seen = None
+        self._take_over_direct()
+        for place, (original, copied) in enumerate(self._pairs):
+            if not _same_fields(vars(original), vars(copied), self._known[place]):
+                self._known[place] = _take_over(original, copied, written)
+
+    def _take_over_direct(self) -> None:
         for original, copied in self._direct:
             for kind in _DIRECT:
                 mine = vars(copied)[kind]
                 for name in mine:  # those of an ancestor that feed the cut may have been exchanged
                     mine[name] = vars(original)[kind].get(name)
-        for place, (original, copied) in enumerate(self._pairs):
-            if not _same_fields(vars(original), vars(copied), self._known[place]):
-                self._known[place] = _take_over(original, copied, written)
 
 
 def _same_fields(theirs: dict[str, Any], mine: dict[str, Any], known: _Fields) -> bool:
@@ -255,22 +269,19 @@ class TrunkAttached(Attached):
             Bypass: a call of it would be run as if uncached.
             CutError: something in it is trained, which it would not be.
         """
-        standing = self._refused(module, grad)
-        self._seen.state = standing.state
-        return standing
-
-    def _refused(self, module: nn.Module, grad: bool) -> Standing:
-        self._seen.state = next(_unknown)
         try:
-            return super().refuse(module, grad)
-        except Bypass as reason:
+            standing = super().refuse(module, grad)
+        except BaseException as reason:
+            self._seen.state = next(_unknown)
+            if not isinstance(reason, Bypass) or reason.reason not in ("trainable parameters", "training mode"):
+                raise
             if reason.reason == "trainable parameters":
                 raise trainable(module, self.memo.name) from None
-            if reason.reason != "training mode":
-                raise
-        for child in module.modules():  # somebody called train() on a part of the trunk
-            child.training = False
-        return super().refuse(module, grad)
+            for child in module.modules():  # somebody called train() on a part of the trunk
+                child.training = False
+            standing = super().refuse(module, grad)
+        self._seen.state = standing.state
+        return standing
 
     def _bind(self, original: type[nn.Module]) -> Any:
         return _by_keyword
