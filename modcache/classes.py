@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import inspect
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -14,8 +12,8 @@ import torch
 from torch import nn
 
 from .attached import Attached
-from .errors import UsageError
 from .forwards import forward_of
+from .own_names import functions_naming, refuse_naming
 
 __all__ = [
     "ATTACHED",
@@ -23,6 +21,7 @@ __all__ = [
     "class_before",
     "decorated_class",
     "is_decorated",
+    "made_once",
     "noticed_apply",
     "original_class",
     "reduced_by",
@@ -35,7 +34,11 @@ ATTACHED = "_modcache"
 
 Attach = Callable[[nn.Module], Attached]
 
-_made: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
+Made = weakref.WeakKeyDictionary[type, weakref.ref[type]]
+"""The classes that were made of others, as long as something is of them."""
+
+_cached: Made = weakref.WeakKeyDictionary()
+_undone: Made = weakref.WeakKeyDictionary()
 
 
 def original_class(cls: type) -> type | None:
@@ -46,31 +49,40 @@ def original_class(cls: type) -> type | None:
 
 def cached_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class that an instance of ``cls`` takes on when it is wrapped in place."""
-    known = _made.get(cls)
-    made = known() if known is not None else None
+    return made_once(_cached, cls, lambda: {"__reduce_ex__": reduced_by(cls, cached_class, _new_cached)})
+
+
+def made_once(known: Made, cls: type[nn.Module], body: Callable[[], dict[str, Any]]) -> type[nn.Module]:
+    """The class that was made of ``cls`` before, or a new one with this body.
+
+    Instances take it on; whoever calls it gets a ``cls``: ``type(module)(...)`` asks for a module that nobody has
+    wrapped.
+    """
+    found = known.get(cls)
+    made = None if found is None else found()
     if made is None:
 
         @functools.wraps(cls.__init__)
         def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is the class's own
             if type(self) is made:
-                self.__class__ = cls  # `type(module)(...)` asks for a new module, which nobody has wrapped
+                self.__class__ = cls
             cls.__init__(self, *args, **kwargs)
 
-        made = subclass(cls, {"__init__": __init__, "__reduce_ex__": reduced_by(cls, cached_class, _new_cached)})
-        _made[cls] = weakref.ref(made)
+        made = subclass(cls, {"__init__": __init__, **body()})
+        known[cls] = weakref.ref(made)
     return made
 
 
 def decorated_class(cls: type[nn.Module], attach: Attach) -> type[nn.Module]:
     """The class that replaces a decorated one; ``attach`` readies each of its instances."""
-    saying = _saying_own_name(cls)
-    _refuse_own_name(cls, saying)
+    saying = functions_naming(cls)
+    refuse_naming(cls, saying)
 
     def attaching(init: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(init)
         def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is the class's own
             if saying:  # the name may have been bound to the cached class since
-                _refuse_own_name(cls, saying)
+                refuse_naming(cls, saying)
             init(self, *args, **kwargs)
             # The outermost one only: within it, the instance is not yet complete.
             if type(self).__init__ is __init__ and ATTACHED not in self.__dict__:
@@ -98,66 +110,25 @@ def undone_class(decorated: type[nn.Module]) -> type[nn.Module]:
 
     It is an instance of what goes by the name of its class still, and can be pickled by that name.
     """
-    known = _undone.get(decorated)
-    made = known() if known is not None else None
-    if made is None:
+
+    def body() -> dict[str, Any]:
         cls: Any = original_class(decorated)
+        return {
+            "forward": forward_of(cls),
+            "train": cls.train,
+            "_apply": cls._apply,
+            "__reduce_ex__": reduced_by(decorated, undone_class, _new_undone),
+            "_modcache_original": cls,
+            "_modcache_before": decorated,
+        }
 
-        @functools.wraps(cls.__init__)
-        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is the class's own
-            if type(self) is made:
-                self.__class__ = decorated  # `type(module)(...)` asks for a new module, like any of its class
-            decorated.__init__(self, *args, **kwargs)
-
-        body = {"forward": forward_of(cls), "train": cls.train, "_apply": cls._apply, "__init__": __init__}
-        body["__reduce_ex__"] = reduced_by(decorated, undone_class, _new_undone)
-        made = subclass(decorated, {**body, "_modcache_original": cls, "_modcache_before": decorated})
-        _undone[decorated] = weakref.ref(made)
-    return made
-
-
-_undone: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
+    return made_once(_undone, decorated, body)
 
 
 def class_before(cls: type) -> type[nn.Module] | None:
     """The decorated class of which a class is the undone one, if it is one."""
     found: type[nn.Module] | None = vars(cls).get("_modcache_before")
     return found
-
-
-def _saying_own_name(cls: type) -> dict[str, types.FunctionType]:
-    """The functions in the body of a class that say ``super(Name, ...)`` with its own name."""
-    found = {}
-    for name, value in vars(cls).items():
-        function = inspect.unwrap(getattr(value, "__func__", value))
-        code = getattr(function, "__code__", None)
-        if code is not None and {"super", cls.__name__} <= {*code.co_names, *code.co_freevars}:
-            found[name] = function
-    return found
-
-
-def _refuse_own_name(cls: type, functions: dict[str, types.FunctionType]) -> None:
-    """``super(Name, self)`` would call itself without end where the name means the cached class.
-
-    It does once it is bound to that: a decorator is called before, so the name means nothing then, or another class.
-    """
-    for name, function in functions.items():
-        if _meant(function, cls.__name__) is not cls:
-            raise UsageError(
-                f"{cls.__name__}.{name} says super({cls.__name__}, ...), but once decorated that name means the cached "
-                "class. Write super(), or wrap instances: cached_module(module)."
-            )
-
-
-def _meant(function: types.FunctionType, name: str) -> object:
-    """What a name in a function means now; None if it means nothing yet."""
-    if name not in function.__code__.co_freevars:
-        return function.__globals__.get(name)
-    cell = (function.__closure__ or ())[function.__code__.co_freevars.index(name)]
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is empty
-        return None
 
 
 def subclass(cls: type[nn.Module], more: dict[str, Any]) -> type[nn.Module]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-import numpy as np
 import torch
 
-from .batch import Batch
+from .batch import Batch, length_of
 from .chance import preserved_randomness
 from .keys.padding import fit_tokens, token_dims, unpad_rows
 from .keys.tokens import TokenRows
@@ -262,18 +261,10 @@ def lengths_of(batch: Batch, places: list[int]) -> list[int] | None:
     """The lengths of the rows in the first list of texts, tensors or arrays that differ in it, if there is one."""
     for column in batch.columns:
         if isinstance(column.value, list | tuple) and not column.single:
-            lengths = [_length(column.value[place]) for place in places]
+            lengths = [length_of(column.value[place]) for place in places]
             if len(set(lengths)) > 1:
                 return lengths
     return None
-
-
-def _length(row: object) -> int:
-    if isinstance(row, torch.Tensor):
-        return row.numel()
-    if isinstance(row, np.ndarray):
-        return row.size
-    return len(row) if isinstance(row, str | bytes | list | tuple) else 0
 
 
 def sizes_of(rows: Rows) -> list[float]:

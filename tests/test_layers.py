@@ -11,7 +11,7 @@ import modcache
 PACKAGE = Path(modcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"notices", "tensors", "theirs", "contents", "locks", "forwards"},
+    {"notices", "tensors", "theirs", "contents", "locks", "forwards", "own_names"},
     {"digest", "rows", "undisturbed", "chance"},
     {"row_digests", "outputs", "stats", "modes", "batch", "cut", "precision"},
     {"arguments", "sameness"},
