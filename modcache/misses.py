@@ -77,7 +77,11 @@ class SharedWatch:
         self._values: dict[Shared, None] = {}
         self._calls = _Sample[Shared]()
         self._again = 0
-        self._noticed = False
+        self._ended = False
+
+    def end(self) -> None:
+        """Look for nothing any more: somebody else tells of such calls."""
+        self._ended = True
 
     def notices(self, batch: Batch, keyed: Keyed, shared: Shared, places: Sequence[int]) -> tuple[str, ...]:
         """The names of such arguments, once they have had many values and many rows were computed again.
@@ -88,7 +92,7 @@ class SharedWatch:
             shared: path and digest of each argument that all rows share.
             places: the rows that were computed.
         """
-        if self._noticed or keyed.given:
+        if self._ended or keyed.given:
             return ()
         if len(self._values) < _REMEMBERED:
             self._values[shared] = None
@@ -98,7 +102,7 @@ class SharedWatch:
         if rows is not None:
             self._again += self._calls.differing([rows[place] for place in places], shared)
         names = _ever_changing(tuple(self._values)) if self._again >= _MANY else ()
-        self._noticed = bool(names)
+        self._ended = bool(names)
         return names
 
 

@@ -234,7 +234,9 @@ class ProbedFindings(Findings):
 
 def probed_memo(name: str, options: Options, store: Store) -> Memo:
     """What the calls of the trunks of one model share."""
-    return Memo(name, options, store, Findings if options.extractor.name == "tokens" else ProbedFindings)
+    memo = Memo(name, options, store, Findings if options.extractor.name == "tokens" else ProbedFindings)
+    memo.shared.end()  # a number that is another one in each call makes too many kinds of calls, which is an error
+    return memo
 
 
 class _Seen(threading.local):
