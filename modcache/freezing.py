@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["Before", "freeze_module", "freeze_replaced", "frozen_around", "handed_over", "parameters_of", "thaw"]
+__all__ = [
+    "Before",
+    "freeze_module",
+    "freeze_replaced",
+    "frozen_around",
+    "frozen_within",
+    "handed_in",
+    "handed_over",
+    "parameters_of",
+    "thaw",
+]
 
 _frozen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -56,17 +66,21 @@ def freeze_replaced(module: nn.Module, before: Mapping[str, weakref.ref[nn.Param
             value.requires_grad_(False)
 
 
-def thaw(module: nn.Module, before: Before) -> None:
-    """Put back what freezing changed, as far as the module still has it."""
+def thaw(module: nn.Module, before: Before, but: Collection[str] = ()) -> None:
+    """Put back what freezing changed, as far as the module still has it, but in these parts of it."""
     _frozen.discard(module)
     children = dict(module.named_modules(remove_duplicate=False))
     for name, training in before.training:
-        if name in children:
+        if name in children and not _is_in(name, but):
             children[name].training = training
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, requires_grad in before.requires_grad:
-        if name in parameters:
+        if name in parameters and not _is_in(name, but):
             parameters[name].requires_grad_(requires_grad)
+
+
+def _is_in(name: str, parts: Collection[str]) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
 def frozen_around(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -81,13 +95,31 @@ def frozen_around(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return sorted(found, key=lambda place: place[0].count("."))
 
 
-def handed_over(before: Before, inner: Before, name: str) -> Before:
-    """What freezing a module changed, given what freezing one inside of it, of this name, had changed earlier."""
+def frozen_within(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The frozen modules that this one contains, with the names that they have there."""
+    return [(name, child) for name, child in module.named_modules() if name and child in _frozen]
 
-    def merged(
-        own: tuple[tuple[str, bool], ...], earlier: tuple[tuple[str, bool], ...]
-    ) -> tuple[tuple[str, bool], ...]:
-        restored = {f"{name}.{place}" if place else name: value for place, value in earlier}
-        return tuple((place, restored.get(place, value)) for place, value in own)
+
+# Freezing only switches off, so what was on before either of two is what was on before both, whichever came first.
+
+
+def handed_over(before: Before, inner: Before, name: str) -> Before:
+    """What freezing a module changed, and freezing one inside of it, of this name, that is undone first."""
+    head = f"{name}."
+
+    def merged(own: Flags, theirs: Flags) -> Flags:
+        on = {head + place if place else name for place, value in theirs if value}
+        return tuple((place, value or place in on) for place, value in own)
 
     return Before(merged(before.training, inner.training), merged(before.requires_grad, inner.requires_grad))
+
+
+def handed_in(before: Before, outer: Before, name: str) -> Before:
+    """What freezing a module, which has this name in one around it that is undone first, and freezing that changed."""
+    head = f"{name}."
+
+    def merged(own: Flags, theirs: Flags) -> Flags:
+        on = {place for place, value in theirs if value}
+        return tuple((place, value or (head + place if place else name) in on) for place, value in own)
+
+    return Before(merged(before.training, outer.training), merged(before.requires_grad, outer.requires_grad))

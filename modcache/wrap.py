@@ -24,7 +24,17 @@ from .classes import (
 from .errors import LayeredError, NotCachedError, UsageError, UsageTypeError
 from .fingerprint import first_in_training
 from .forwards import forward_of
-from .freezing import Before, freeze_module, freeze_replaced, frozen_around, handed_over, parameters_of, thaw
+from .freezing import (
+    Before,
+    freeze_module,
+    freeze_replaced,
+    frozen_around,
+    frozen_within,
+    handed_in,
+    handed_over,
+    parameters_of,
+    thaw,
+)
 from .handle import Cache
 from .requested import CacheOptions, Requested, check_names, requested_of
 
@@ -105,7 +115,7 @@ def _wrapped(module: Any, requested: Requested, asked: dict[str, Any]) -> Any:
             raise UsageTypeError(
                 f"cached_module(...) takes an nn.Module or a class of them; found the class {module!r}"
             )
-        return _wrap_class(module, requested)
+        return _wrap_class(module, requested, asked)
     if not isinstance(module, nn.Module):
         raise UsageTypeError(f"cached_module(...) takes an nn.Module or a class of them; found {module!r}")
     if isinstance(module, torch.jit.ScriptModule):
@@ -134,9 +144,14 @@ def _wrap_instance(module: nn.Module, requested: Requested) -> nn.Module:
     return module
 
 
-def _wrap_class(cls: type[nn.Module], requested: Requested) -> type[nn.Module]:
+def _wrap_class(cls: type[nn.Module], requested: Requested, asked: dict[str, Any]) -> type[nn.Module]:
     if is_cached(cls):
-        raise UsageError(f"the class {cls.__name__} is cached already; cached_module(...) takes a class once")
+        if not asked:
+            return cls
+        raise UsageError(
+            f"the class {cls.__name__} is cached already; give these options ({', '.join(asked)}) to its first "
+            "cached_module(...), or call uncached(cls) first"
+        )
 
     check_names(partial(forward_of(cls), None), requested)
 
@@ -252,13 +267,19 @@ def uncached(module: M) -> M:
 
 
 def _restore(module: nn.Module, before: Before) -> None:
-    """Put back what freezing changed; where a frozen cached module contains it, that is left to the outer one."""
+    """Put back what freezing changed; what is in two frozen cached modules is left to the other one."""
     for name, outer in frozen_around(module):
         around = outer.__dict__.get(ATTACHED)
         if isinstance(around, Attached) and around.before is not None:
             around.before = handed_over(around.before, before, name)
             return
-    thaw(module, before)
+    still = []
+    for name, inner in frozen_within(module):
+        within = inner.__dict__.get(ATTACHED)
+        if isinstance(within, Attached) and within.before is not None:
+            within.before = handed_in(within.before, before, name)
+            still.append(name)
+    thaw(module, before, but=still)
 
 
 def cache_of(module: nn.Module) -> Cache:

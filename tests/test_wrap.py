@@ -271,8 +271,9 @@ def test_misspelt_names_and_things_that_are_no_instances_are_refused():
     class Encoder(nn.Linear):
         pass
 
-    with pytest.raises(UsageError, match="cached already"):
-        cached_module(Encoder)
+    assert cached_module(Encoder) is Encoder
+    with pytest.raises(UsageError, match=r"Encoder is cached already; give these options \(version\)"):
+        cached_module(Encoder, version="2")
     with pytest.raises(UsageTypeError, match="takes an instance"):
         cache_of(Encoder)
 
@@ -421,17 +422,19 @@ def test_a_failed_wrap_changes_nothing():
     assert layer.weight.requires_grad
 
 
-@pytest.mark.parametrize("order", ["inner first", "outer first"])
-def test_nested_frozen_modules_are_undone_in_any_order(order):
-    """What the outer one freezes stays frozen; in the end everything is as it was."""
+@pytest.mark.parametrize("wrapped", ["inner first", "outer first"])
+@pytest.mark.parametrize("undone", ["inner first", "outer first"])
+def test_nested_frozen_modules_are_undone_in_any_order(wrapped, undone):
+    """What the other one freezes stays frozen; in the end everything is as it was."""
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 3), nn.Dropout()), nn.Linear(3, 2))
     model[0][0].bias.requires_grad_(False)
-    cached_module(model[0], freeze=True)
-    cached_module(model, freeze=True)
-    modules = [model[0], model] if order == "inner first" else [model, model[0]]
+    for module in [model[0], model] if wrapped == "inner first" else [model, model[0]]:
+        cached_module(module, freeze=True)
+    modules = [model[0], model] if undone == "inner first" else [model, model[0]]
     uncached(modules[0])
     assert not any(parameter.requires_grad for parameter in model[0].parameters())
-    assert not model[0].training
+    assert not any(module.training for module in model[0].modules())
+    assert model[1].training == model[1].weight.requires_grad == (undone == "outer first")
     uncached(modules[1])
     assert [name for name, value in model.named_parameters() if not value.requires_grad] == ["0.0.bias"]
     assert all(module.training for module in model.modules())
