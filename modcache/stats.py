@@ -104,7 +104,8 @@ class Stats:
 
     def __str__(self) -> str:
         lines = [
-            f"rows       {self.rows:>{(width := max(len(str(self.rows)), 2))}}  in {self.calls} calls",
+            f"rows       {self.rows:>{(width := max(len(str(self.rows)), 2))}}  in {self.calls} calls"
+            + ("" if self.calls else " of the module itself; what its other methods run is not cached"),
             f"hits       {self.hits:>{width}}  {self.hit_rate:.1%}".replace("%", " %"),
             f"computed   {self.computed:>{width}}" + (f"  {self.refused} not stored" if self.refused else ""),
             f"bypassed   {self.bypassed:>{width}}",

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
 from modcache import CallReport, Stats, cache_of, cached_module, mode
 from modcache.stats import Counters, Seconds
@@ -154,3 +155,17 @@ def test_counting_from_many_threads():
         worker.join()
     found = counters.snapshot(0)
     assert (found.calls, found.rows, found.hits, found.bypassed) == (1600, 3200, 1600, 1600)
+
+
+def test_no_call_at_all_says_what_counts_as_one():
+    """Whoever wraps a model and calls its `encode` reads in the report why there are no rows."""
+
+    class Coder(nn.Linear):
+        def encode(self, x):
+            return super().forward(x)
+
+    coder = cached_module(Coder(3, 2), freeze=True)
+    coder.encode(torch.eye(3))
+    assert "not cached" in str(cache_of(coder).stats).splitlines()[0]
+    coder(torch.eye(3))
+    assert str(cache_of(coder).stats).splitlines()[0].endswith("in 1 calls")
