@@ -5,7 +5,8 @@ from __future__ import annotations
 import copyreg
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from .attached import Attached
 from .forwards import forward_of
-from .own_names import functions_naming, refuse_naming
+from .own_names import Behind, own_functions, says_its_name
 
 __all__ = [
     "ATTACHED",
@@ -75,14 +76,10 @@ def made_once(known: Made, cls: type[nn.Module], body: Callable[[], dict[str, An
 
 def decorated_class(cls: type[nn.Module], attach: Attach) -> type[nn.Module]:
     """The class that replaces a decorated one; ``attach`` readies each of its instances."""
-    saying = functions_naming(cls)
-    refuse_naming(cls, saying)
 
     def attaching(init: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(init)
         def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is the class's own
-            if saying:  # the name may have been bound to the cached class since
-                refuse_naming(cls, saying)
             init(self, *args, **kwargs)
             # The outermost one only: within it, the instance is not yet complete.
             if type(self).__init__ is __init__ and ATTACHED not in self.__dict__:
@@ -95,9 +92,20 @@ def decorated_class(cls: type[nn.Module], attach: Attach) -> type[nn.Module]:
         if "__init__" in sub.__dict__:
             sub.__init__ = attaching(sub.__init__)
 
-    made = subclass(cls, {"__init__": attaching(cls.__init__), "_modcache_attach": staticmethod(attach)})
+    body = {"__init__": attaching(cls.__init__), "_modcache_attach": staticmethod(attach)}
+    made = subclass(cls, body, *(_passed_over(cls) if says_its_name(cls) else ()))
     made.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[assignment]  # for the classes to come
     return made
+
+
+def _passed_over(cls: type[nn.Module]) -> tuple[type[nn.Module], dict[str, object]]:
+    """What a decorated class is to be derived from, and to have, so that its name in ``super(Name, self)`` is right.
+
+    The methods of the user's class mean their own class by it. So the made class has them itself, and whoever asks
+    for what is behind it comes to a class that passes over those of the user's.
+    """
+    own = own_functions(cls)
+    return _derived(cls, {name: Behind(cls, name) for name in own}), own
 
 
 def is_decorated(cls: type) -> bool:
@@ -131,11 +139,22 @@ def class_before(cls: type) -> type[nn.Module] | None:
     return found
 
 
-def subclass(cls: type[nn.Module], more: dict[str, Any]) -> type[nn.Module]:
-    """A subclass that cannot be told from ``cls`` by name, module, documentation or signature."""
+def subclass(
+    cls: type[nn.Module],
+    more: dict[str, Any],
+    above: type[nn.Module] | None = None,
+    own: Mapping[str, object] = MappingProxyType({}),
+) -> type[nn.Module]:
+    """A subclass that cannot be told from ``cls`` by name, module, documentation or signature.
+
+    Args:
+        cls: the user's class.
+        more: what it has beside what the class of every cached module has, or in the place of that.
+        above: what it is derived from, if not from ``cls`` directly.
+        own: what it has of ``cls`` itself, where nothing else is in that place.
+    """
     body = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
+        **own,
         "__doc__": cls.__doc__,
         "_modcache_original": cls,
         "forward": _forward(cls),
@@ -147,7 +166,13 @@ def subclass(cls: type[nn.Module], more: dict[str, Any]) -> type[nn.Module]:
         body["recompile"] = _recompile(cls)
     if (become := getattr(cls, "cls_to_become", None)) is not None:
         body["cls_to_become"] = cached_class(become)  # a lazy module stays wrapped when it materialises
-    made: type[nn.Module] = type(cls)(cls.__name__, (_quiet(cls), cls), body)  # type: ignore[misc]  # of its own metaclass
+    return _derived(above or cls, body)
+
+
+def _derived(cls: type[nn.Module], body: Mapping[str, object]) -> type[nn.Module]:
+    """A class of the same name, module and metaclass, of which no class of the user's hears."""
+    named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **body}
+    made: type[nn.Module] = type(cls)(cls.__name__, (_quiet(cls), cls), named)  # type: ignore[misc]
     made.__bases__ = (cls,)
     return made
 

@@ -1,45 +1,60 @@
-"""Tell whether methods say ``super(Name, self)`` with the name of their own class, and what that name means now."""
+"""Methods that say ``super(Name, self)``, as older code does, where the name means a class derived of theirs."""
 
 from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Iterator
+from typing import Any
 
-from .errors import UsageError
-
-__all__ = ["functions_naming", "refuse_naming"]
-
-
-def functions_naming(cls: type) -> dict[str, types.FunctionType]:
-    """The functions in the body of a class that say ``super(Name, ...)`` with its own name."""
-    found = {}
-    for name, value in vars(cls).items():
-        function = inspect.unwrap(getattr(value, "__func__", value))
-        code = getattr(function, "__code__", None)
-        if code is not None and {"super", cls.__name__} <= {*code.co_names, *code.co_freevars}:
-            found[name] = function
-    return found
+__all__ = ["Behind", "own_functions", "says_its_name"]
 
 
-def refuse_naming(cls: type, functions: dict[str, types.FunctionType]) -> None:
-    """Refuse ``super(Name, self)`` where the name means the cached class: it would call itself without end.
+def says_its_name(cls: type) -> bool:
+    """Whether a function in the body of a class says ``super`` and the name of the class."""
+    return any(
+        {"super", cls.__name__} <= names
+        for value in own_functions(cls).values()
+        for function in _functions_in(value)
+        for names in _names_in(function.__code__)
+    )
 
-    It does once it is bound to that: a decorator is called before, so the name means nothing then, or another class.
+
+def own_functions(cls: type) -> dict[str, object]:
+    """The methods and properties in the body of a class, but for what is asked of the classes to come."""
+    kinds = (types.FunctionType, staticmethod, classmethod, property)
+    return {
+        name: value for name, value in vars(cls).items() if isinstance(value, kinds) and name != "__init_subclass__"
+    }
+
+
+class Behind:
+    """An attribute that is what ``super(cls, self)`` finds under its name, wherever ``self`` asks for it.
+
+    Args:
+        cls: the class whose own attribute is passed over.
+        name: of the attribute.
     """
-    for name, function in functions.items():
-        if _meant(function, cls.__name__) is not cls:
-            raise UsageError(
-                f"{cls.__name__}.{name} says super({cls.__name__}, ...), but once decorated that name means the cached "
-                "class. Write super(), or wrap instances: cached_module(module)."
-            )
+
+    def __init__(self, cls: type, name: str) -> None:
+        self._cls = cls
+        self._name = name
+
+    def __get__(self, instance: object, owner: type) -> object:
+        return getattr(super(self._cls, owner if instance is None else instance), self._name)
 
 
-def _meant(function: types.FunctionType, name: str) -> object:
-    """What a name in a function means now; None if it means nothing yet."""
-    if name not in function.__code__.co_freevars:
-        return function.__globals__.get(name)
-    cell = (function.__closure__ or ())[function.__code__.co_freevars.index(name)]
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is empty
-        return None
+def _functions_in(value: Any) -> Iterator[types.FunctionType]:
+    accessors = (value.fget, value.fset, value.fdel) if isinstance(value, property) else ()
+    for part in accessors or (getattr(value, "__func__", value),):
+        function = inspect.unwrap(part) if callable(part) else None
+        if isinstance(function, types.FunctionType):
+            yield function
+
+
+def _names_in(code: types.CodeType) -> Iterator[set[str]]:
+    """The names that code reads from outside, and for each function within it the same."""
+    yield {*code.co_names, *code.co_freevars}
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _names_in(inner)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from modcache import CacheWarning, UsageError, cache_of, cached_module, is_cached, uncached
+from modcache import CacheWarning, cache_of, cached_module, is_cached, uncached
 
 from .models import CountingEncoder, encoder
 
@@ -215,28 +215,3 @@ def test_a_module_that_takes_no_attributes():
     module(torch.eye(3))
     assert cache_of(module).stats.hits == 3
     assert type(uncached(module)) is Closed
-
-
-def test_its_own_name_in_super_is_seen_behind_a_decorator():
-    """Once decorated the name means the cached class, which such a method would call without end."""
-    with pytest.raises(UsageError, match=r"Named.forward says super\(Named, ...\)"):
-
-        @cached_module
-        class Named(nn.Linear):
-            @torch.no_grad()
-            def forward(self, x):
-                return super(Named, self).forward(x)  # noqa: UP008 - as older code says it
-
-
-class Library(nn.Linear):
-    def __init__(self):
-        super(Library, self).__init__(3, 2)  # noqa: UP008 - as older code says it
-
-
-def test_its_own_name_in_super_where_it_means_the_plain_class(monkeypatch):
-    """A class of a library keeps its name; where the name is bound to the cached class later, instances are refused."""
-    cached = cached_module(freeze=True)(Library)
-    assert cached()(torch.eye(3)).shape == (3, 2)
-    monkeypatch.setitem(globals(), "Library", cached)
-    with pytest.raises(UsageError, match=r"Library.__init__ says super\(Library, ...\)"):
-        cached()

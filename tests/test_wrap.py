@@ -349,16 +349,6 @@ def test_keys_for_around_nested_cached_modules():
     assert cache_of(outer).stats.hits == 6
 
 
-def test_super_with_the_name_of_a_decorated_class_is_refused():
-    """super(Name, self) would find the cached class and call itself without end: it is said when decorated."""
-    with pytest.raises(UsageError, match=r"Write super\(\)"):
-
-        @cached_module
-        class Old(nn.Linear):
-            def __init__(self):
-                super(Old, self).__init__(4, 3)  # noqa: UP008
-
-
 def test_hooks_whose_handles_are_not_kept():
     """Several hooks all receive each report, kept handles or not; remove() takes one away."""
     layer = cached_module(frozen_linear())
