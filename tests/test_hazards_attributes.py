@@ -16,6 +16,7 @@ import threading
 import time
 import timeit
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from modcache import MemoryStore, cache_of, cached_module
+from modcache import MemoryStore, cache_of, cached_module, uncached
 from tests.hazards import Quiet, agree, computed, frozen, hits
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
@@ -503,3 +504,38 @@ def test_a_scripted_part_that_is_replaced():
     module[0] = torch.jit.script(Times(3.0)).eval()
     assert torch.equal(module(X), X * 3)
     assert cache_of(module).stats.bypassed == 0
+
+
+class InSlots(nn.Module):
+    """Keeps in slots what others keep in their ``__dict__``."""
+
+    __slots__ = ("calls", "late", "scale")
+
+    def __init__(self, scale=2.0):
+        super().__init__()
+        self.scale, self.calls = scale, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.scale + getattr(self, "late", 0.0)
+
+
+@pytest.mark.parametrize("make", [InSlots, lambda: nn.Sequential(InSlots())], ids=["itself", "inside"])
+def test_slots_of_a_module(make):
+    """A module's attributes may lie in slots: one that is set counts, one that a forward changes is bookkeeping."""
+    plain, cached = frozen(make()), cached_module(frozen(make()))
+    namespaces = {cache_of(cached).namespace}
+    for name, value in [("scale", 3.0), ("late", 1.0)]:
+        for _ in range(2):
+            agree(cached, plain, X)
+        namespaces.add(cache_of(cached).namespace)
+        for module in (cached, plain):
+            setattr(module[0] if isinstance(module, nn.Sequential) else module, name, value)
+    agree(cached, plain, X)
+    assert (computed(cached), hits(cached)) == (12, 28)
+    assert len(namespaces | {cache_of(cached).namespace}) == 3
+    known = weakref.ref(cached)
+    uncached(cached)
+    del cached
+    module = None
+    assert known() is None, module

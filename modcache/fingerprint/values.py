@@ -186,13 +186,22 @@ class ValueReader(abc.ABC):
         fields, slots = getattr(value, "__dict__", None), _slots(value)
         if fields is None and slots is None:
             return None
-        filled = {name: getattr(value, name) for name in slots or () if hasattr(value, name)}
         if fields is not None:
             self._watch(fields, path)
+        return self.fields(as_loaded(value, {**(fields or {}), **self._in_slots(value, slots or (), path)}), path)
+
+    def _in_slots(self, value: object, slots: tuple[str, ...], path: str) -> dict[str, object]:
+        filled = {name: getattr(value, name) for name in slots if hasattr(value, name)}
         if slots:
             kept = tuple(name for name in filled if f"{path}.{name}" not in self._bookkeeping)
             self.seen.slotted[id(value)] = value, kept, tuple(name for name in slots if name not in filled)
-        return self.fields(as_loaded(value, {**(fields or {}), **filled}), path)
+        return filled
+
+    def slots_of_module(self, module: nn.Module, path: str) -> bytes:
+        """The attributes of a module that are no items of its ``__dict__``; hardly any class has such."""
+        slots = _slots(module)
+        # Whoever looks at them again does not hold the module.
+        return self.fields(self._in_slots(weakref.proxy(module), slots, path), path) if slots else b""
 
     def fields(self, fields: Mapping[str, object], path: str) -> bytes:
         """Attributes in the order of their names; where they came from does not count."""

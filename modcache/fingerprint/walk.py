@@ -217,7 +217,7 @@ class _Walker:
         names = [key for key in plain_attributes(module) if key not in derived]
         watched = []
         said = frame(b"repr", _extra_repr(module)) if of_library(cls.__module__) else b""
-        said += self._order(name, module)
+        said += self._order(name, module) + reader.slots_of_module(module, f"slots of {place}")
         lost = [key[len(name) + 1 :] for key in self._bookkeeping if name and key.startswith(f"{name}.")]
         lost += [key for key in self._bookkeeping if not name]
         for key in sorted({*names, *(key for key in lost if "." not in key and " " not in key)}):
