@@ -39,6 +39,14 @@ def test_it_knows_its_shape():
     assert "unbound" in f"{one}"
 
 
+def test_it_is_asked_by_keyword():
+    """What is asked with ``input=`` is answered, bound or not."""
+    one = ghost(Sheet(), 2, 3)
+    for _ in range(2):
+        assert (torch.numel(input=one), torch.is_floating_point(input=one)) == (6, True)
+        one.bind(torch.ones(2, 3))
+
+
 OPERATIONS = [
     lambda x: x + 1,
     lambda x: x.transpose(0, 1).reshape(-1),

@@ -114,12 +114,20 @@ def answer_of(name: str, result: Any) -> Any:
 
 def sizes_of_answer(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
     """The shapes of what a call of torch gives, if they tell values; else ``None``."""
-    if name in _SIZES or _sizes_by_values(name, args, kwargs, result):
+    if name in _SIZES or (name in _BY_ARGUMENTS and _sizes_by_values(name, args, kwargs)):
         return [tuple(leaf.shape) for _, leaf in located(result)]
+    if name in _BY_ARGUMENTS:
+        return None
+    given = (*args, *kwargs.values())
+    if any(map(_is_count, given)) and _has_other_shape(given, result):
+        return [tuple(result.shape)]
     return None
 
 
-def _sizes_by_values(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> bool:
+_BY_ARGUMENTS = frozenset(["__getitem__", "where", "one_hot", "repeat_interleave", "tensor_split"])
+
+
+def _sizes_by_values(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     given = (*args, *kwargs.values())
     if name == "__getitem__":
         return any(map(_cuts, args[1] if isinstance(args[1], tuple | list) else args[1:]))
@@ -127,9 +135,7 @@ def _sizes_by_values(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         return len(given) == 1
     if name == "one_hot":
         return bool(kwargs.get("num_classes", args[1] if len(args) > 1 else -1) == -1)
-    if name in ("repeat_interleave", "tensor_split"):
-        return len(given) == 1 or any(isinstance(value, torch.Tensor) for value in given[1:])
-    return any(map(_is_count, given)) and _has_other_shape(given, result)
+    return len(given) == 1 or any(isinstance(value, torch.Tensor) for value in given[1:])
 
 
 def _cuts(step: Any) -> bool:

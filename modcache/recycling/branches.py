@@ -19,6 +19,7 @@ from torch._C import (
 from torch.overrides import TorchFunctionMode
 
 from .asks import FACTS, answer_of, sizes_of_answer
+from .ghosts import Ghost
 from .trace import Mark, Trace
 
 __all__ = ["Branches", "Way", "Ways"]
@@ -91,9 +92,12 @@ class Branches(TorchFunctionMode):
         frame = sys._getframe(1)
         if (id(frame.f_code), frame.f_lasti) not in self._known.places:
             self._note_place(frame)
-        result = func(*args, **kwargs) if kwargs else func(*args)
-        if func in FACTS:
-            return result  # which tells no values, and is most of what is asked
+        if func in FACTS:  # which tell no values, and are most of what is asked
+            if args and type(args[0]) is Ghost and args[0].value is None:
+                with torch._C.DisableTorchFunctionSubclass():  # what it would say itself, at more expense
+                    return func(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         answer = answer_of(name, result)
         if answer is None and not self.inside:

@@ -71,11 +71,12 @@ class Ghost(torch.Tensor):
         """Work out what an operation on ghosts gives."""
         if func not in FACTS:
             return _operate(func, args, kwargs or {})
-        ghost = args[0]
+        kwargs = kwargs or {}
+        ghost = args[0] if args else kwargs.get("input")
         if type(ghost) is Ghost and ghost.value is not None:
-            return func(*mapped(args, unwrapped), **(kwargs or {}))
+            return func(*mapped(args, unwrapped), **mapped(kwargs, unwrapped))
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
