@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,8 +83,53 @@ def test_own_rows_are_said_just_now():
     assert said.delete([KEYS[0]], 5) == 0
     said.take_in(KEYS[0], np.array([0]), np.array([4]))
     assert said.locate(KEYS[:1])[1] is False
-    said.set([KEYS[0]], np.array([9]))
+    said.set(KEYS[0], 9)
     assert said.locate(KEYS[:1])[0].tolist() == [9]
+
+
+@pytest.mark.parametrize("ask", ["locate", "len", "keys", "delete", "at", "take_in", "take_out", "hide", "forget"])
+def test_own_rows_count_before_they_are_settled(ask):
+    """Rows of our own are there for whatever is asked first, and are noted in the order in which they were said."""
+    said = statements({0: 5, 7: 6})
+    said.take_in(KEYS[0], np.array([0]), np.array([5]))
+    said.set(KEYS[0] + KEYS[1], 7)
+    said.set(KEYS[1] + KEYS[2], 20)
+    said.settle()  # not so few
+    if ask == "locate":
+        assert said.locate(KEYS[:4])[0].tolist() == [7, 20, 21, -1]
+    elif ask == "len":
+        assert len(said) == 3
+    elif ask == "keys":
+        assert sorted(said.keys()) == sorted(KEYS[:3])
+    elif ask == "delete":
+        assert said.delete(KEYS[1:4], 9) == 2
+        assert said.locate(KEYS[:3])[0].tolist() == [7, -1, -1]
+    elif ask == "at":
+        assert said.at(b"".join(KEYS[:3]), np.array([7, 8, 21])).tolist() == [True, False, True]
+    elif ask == "take_in":
+        said.take_in(KEYS[0], np.array([3]), np.array([4]))
+        assert said.locate(KEYS[:1])[0].tolist() == [7], "what was said before does not count"
+    elif ask == "take_out":
+        said.take_out(KEYS[0], np.array([6]))
+        assert said.locate(KEYS[:2])[0].tolist() == [-1, 20]
+    elif ask == "hide":
+        assert said.hide(9) == 3
+        assert said.locate(KEYS[:3])[0].tolist() == [-1, -1, -1]
+    else:
+        said.forget(KEYS[:2])
+        assert said.locate(KEYS[:3])[0].tolist() == [-1, -1, 21]
+
+
+@pytest.mark.parametrize("count", [100, 20_000])
+def test_own_rows_are_settled_in_bulk(count):
+    """Few or many rows of our own that were put without a question are all found after they were settled."""
+    said, many = statements({}), keys(*range(count))
+    for first in range(0, count, 100):
+        said.set(b"".join(many[first : first + 100]), first)
+    said.set(b"".join(many[:100]), count)
+    said.settle(0)
+    assert len(said) == count
+    assert said.locate(many)[0].tolist() == [*range(count, count + 100), *range(100, count)]
 
 
 def test_what_is_forgotten_may_be_said_again():
@@ -99,7 +145,9 @@ def test_segments_are_forgotten_from_a_row_on():
     """The rows of some segments go, those before a row and those of others stay."""
     said = statements({})
     places = [0, 1, 2, 1 << ROW_BITS, (1 << ROW_BITS) + 1, 2 << ROW_BITS]
-    said.set(KEYS, np.array(places))
+    said.set(b"".join(KEYS[:3]), 0)
+    said.set(b"".join(KEYS[3:5]), 1 << ROW_BITS)
+    said.set(KEYS[5], 2 << ROW_BITS)
     assert said.forget_segments([0, 1], 1) == 3
     assert said.locate(KEYS)[0].tolist() == [0, -1, -1, 1 << ROW_BITS, -1, 2 << ROW_BITS]
     assert said.at(b"".join(KEYS), np.array(places)).tolist() == [True, False, False, True, False, True]

@@ -95,6 +95,17 @@ def test_idle():
     assert told == [1]
 
 
+def test_many_bytes_do_not_wait_for_more(monkeypatch):
+    """A large put is taken at once, alone or with what waits already, a few megabytes at a time."""
+    monkeypatch.setattr(tasks, "_A_WHILE", 60.0)
+    queue = Queue(64 << 20)
+    queue.push(put(A, 0, rows=20_000))
+    assert [task.first for task in queue.take(lambda: None, 0.01)] == [0]
+    for number in range(1, 8):
+        queue.push(put(A, number, rows=20_000))
+    assert drained(queue) == [[1, 2, 3, 4], [5, 6, 7]]
+
+
 @pytest.mark.parametrize("end", ["sync", "enough", "stop"])
 def test_few_rows_wait_for_more(end, monkeypatch):
     """A few rows wait a while to be taken with what comes next; who waits for them, or enough of them, ends that."""

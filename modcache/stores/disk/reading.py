@@ -120,12 +120,12 @@ class Reading:
         self._open[layout] = opened
         return opened
 
-    def expect(self, segment: Segment, keys: Sequence[bytes], matrix: np.ndarray) -> int:
+    def expect(self, segment: Segment, joined: bytes, matrix: np.ndarray) -> int:
         """Takes in rows that are to be written to a segment of our own; the number of the first one."""
         first = segment.assigned
         segment.waiting.append((first, matrix))
-        segment.assigned += len(keys)
-        self._said.set(keys, np.arange(first, segment.assigned) | (segment.number << ROW_BITS))
+        segment.assigned += len(matrix)
+        self._said.set(joined, first | (segment.number << ROW_BITS))
         return first
 
     def committed(self, segment: Segment, first: int, stamp: int, sums: bytes) -> None:
@@ -136,6 +136,8 @@ class Reading:
         segment.commit(first, count, stamp)
         while segment.waiting and segment.waiting[0][0] < segment.committed:
             segment.waiting.pop(0)
+        # By the thread that writes: at once where nothing else is to be written, else when it pays.
+        self._said.settle(*([] if segment.waiting else [0]))
 
     def left_of(self, segment: Segment, first: int, joined: bytes) -> Places:
         """Which of some rows that wait for a segment still count, by their place among them."""

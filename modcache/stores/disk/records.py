@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ...digest import checksum
-from ...tensors import memory_of
+from ...tensors import is_plain, memory_of, plain_memory
 from ..index import Places
 
 if TYPE_CHECKING:
+    import torch
+
     from ...rows import Rows
 
 __all__ = ["Buffers", "Records", "records_of", "sums_of"]
@@ -94,11 +96,11 @@ def records_of(rows: Rows, chosen: Places, take: Callable[[int], _Bytes]) -> Ite
         take: gives memory for so many bytes.
     """
     sizes = rows.layout.leaf_bytes
-    tensors = [tensor.detach().resolve_conj().resolve_neg().cpu().contiguous() for tensor in rows.tensors]
+    leaves = [_leaf(tensor) for tensor in rows.tensors]  # the tensors are kept until their memory is read
     sources = [
-        np.frombuffer(memory_of(tensor), np.uint8).reshape(len(tensor), size)
-        for tensor, size in zip(tensors, sizes, strict=True)
-    ]  # the tensors are kept until these are read
+        np.frombuffer(memory, np.uint8).reshape(len(tensor), size)
+        for (tensor, memory), size in zip(leaves, sizes, strict=True)
+    ]
     row_bytes = sum(sizes)
     most = max(1, _PIECE // max(1, row_bytes))
     for start in range(0, len(chosen), most):
@@ -106,6 +108,15 @@ def records_of(rows: Rows, chosen: Places, take: Callable[[int], _Bytes]) -> Ite
         buffer = take(len(places) * row_bytes)
         matrix = buffer[: len(places) * row_bytes].reshape(len(places), row_bytes)
         yield Records(places, matrix, _filled(matrix, sources, places), buffer)
+
+
+def _leaf(tensor: torch.Tensor) -> tuple[torch.Tensor, memoryview]:
+    """A tensor on the host whose values lie one behind the other, and its memory."""
+    memory = plain_memory(tensor) if is_plain(tensor) else None
+    if memory is not None:  # as is the rule; what follows lets go of the interpreter at each step
+        return tensor, memory
+    tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return tensor, memory_of(tensor)
 
 
 def _filled(matrix: _Bytes, sources: list[_Bytes], places: Places) -> bytes:

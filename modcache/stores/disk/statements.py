@@ -14,6 +14,7 @@ from .window import ROW_BITS
 __all__ = ["Statements"]
 
 _NEWEST: Final = 1 << 16  # keys that are quick to note; more of them are moved at a time, which may take 20 ms
+_MANY: Final = 1 << 16  # keys that are noted at a time when more and more are put and nobody asks for one
 _ROW_MASK: Final = (1 << ROW_BITS) - 1
 
 StampsOf = Callable[[Places], Places]
@@ -30,23 +31,46 @@ class Statements:
 
     def __init__(self, stamps_of: StampsOf) -> None:
         self._stamps_of = stamps_of
-        self._index = KeyIndex(_NEWEST)
+        self._noted = KeyIndex(_NEWEST)
+        self._fresh: list[tuple[bytes, int]] = []  # rows of our own that are not in the index yet
+        self._fresh_rows = 0
         self._dropped: dict[bytes, int] = {}
         self._hidden = 0  # nothing that was said until then counts
-        self.locate = self._index.locate  # of the index alone: it is asked at every hit
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def locate(self, keys: Sequence[bytes]) -> tuple[Places, bool]:
+        """The place of each key, -1 where it is absent, and whether all of them are here."""
+        return self._index.locate(keys)
 
     def keys(self) -> list[bytes]:
         """The keys of all rows."""
         return self._index.keys()
 
-    def set(self, keys: Sequence[bytes], places: Places) -> None:
-        """Rows of our own, said just now."""
-        self._index.set(keys, places)
-        for key in keys if self._dropped else ():
+    def set(self, joined: bytes, first: int) -> None:
+        """Rows of our own, said just now, at places that follow each other.
+
+        Whoever puts rows does not wait for the index: they go there when it is asked, or by `settle`.
+        """
+        self._fresh.append((joined, first))
+        self._fresh_rows += len(joined) // KEY_BYTES
+        for key in cut_keys(joined) if self._dropped else ():
             self._dropped.pop(key, None)
+
+    def settle(self, least: int = _MANY) -> None:
+        """Notes the rows of our own that are not in the index yet, if there are so many."""
+        if self._fresh and self._fresh_rows >= least:
+            fresh, self._fresh, self._fresh_rows = self._fresh, [], 0
+            places = [np.arange(first, first + len(joined) // KEY_BYTES) for joined, first in fresh]
+            self._noted.set_joined(b"".join([joined for joined, _ in fresh]), np.concatenate(places))
+
+    @property
+    def _index(self) -> KeyIndex:
+        """The index, with all that was said."""
+        if self._fresh:
+            self.settle(0)
+        return self._noted
 
     def forget(self, keys: Sequence[bytes]) -> None:
         """Rows that turned out not to be there; the same key may still be said anew, or earlier."""
@@ -61,8 +85,7 @@ class Statements:
     def hide(self, stamp: int) -> int:
         """Drops all rows that were said until now; how many there were."""
         count, self._hidden = len(self._index), stamp
-        self._index, self._dropped = KeyIndex(_NEWEST), {}
-        self.locate = self._index.locate
+        self._noted, self._dropped = KeyIndex(_NEWEST), {}
         return count
 
     def take_in(self, joined: bytes, places: Places, stamps: Places) -> None:

@@ -200,9 +200,11 @@ class DiskStore:
                 if reading is None:
                     return 0
                 segment = reading.open_segment(rows.layout, len(keys), self._writing.next_name)
-                first, stamp = reading.expect(segment, keys, records.matrix), self._next_stamp(reading)
-                taken = records.matrix, records.sums, stamp, records.buffer
-                self._writing.push(Put(reading, segment, first, b"".join(keys), *taken))
+                joined = b"".join(keys)
+                first, stamp = reading.expect(segment, joined, records.matrix), self._next_stamp(reading)
+                self._writing.push(
+                    Put(reading, segment, first, joined, records.matrix, records.sums, stamp, records.buffer)
+                )
                 self._note_use(reading)
         self._tell()
         return len(chosen)

@@ -19,6 +19,7 @@ __all__ = ["Drop", "Facts", "Put", "Queue", "Sync", "Task", "Use", "closed_lock"
 
 _JOINED: Final = 8 << 20  # bytes of puts to one segment that are taken together
 _ENOUGH: Final = 4 << 20  # bytes that are worth a turn: each takes the interpreter from whoever puts more
+_LARGE: Final = 1 << 20  # bytes of a put that is worth a turn by itself: few of these come one after the other
 _A_WHILE: Final = 0.005  # seconds that fewer bytes wait for more
 
 
@@ -145,8 +146,8 @@ class Queue:
                 if self.stopping:
                     return []
                 idle()
-            taken, size = [self._tasks.popleft()], 0
-            first = taken[0]
+            first = self._tasks.popleft()
+            taken, size = [first], _size_of(first)
             if self._alone:
                 self._alone -= 1
                 return taken
@@ -172,7 +173,7 @@ class Queue:
         """Whether nothing waits but a few rows, which nobody waits for."""
         if self.bytes >= self._enough or self.stopping or self._alone:
             return False
-        return all(isinstance(task, Put) for task in self._tasks)
+        return all(isinstance(task, Put) and task.size < _LARGE for task in self._tasks)
 
     def done(self, tasks: Sequence[Task]) -> None:
         """What was taken does not wait any more."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from ..index import KEY_BYTES, Places, cut_keys
+from ..index import KEY_BYTES, Places
 from . import ending
 from .admission import Admission
 from .appending import GoneError
@@ -265,7 +265,7 @@ class Writing:
                 sums = np.frombuffer(put.sums, np.uint64)[places].tobytes()
                 joined = np.frombuffer(put.keys, np.uint8).reshape(-1, KEY_BYTES)[places].tobytes()
                 other = reading.open_segment(segment.layout, len(places), self.next_name)
-                first = reading.expect(other, cut_keys(joined), matrix)
+                first = reading.expect(other, joined, matrix)
                 moved.append(Put(reading, other, first, joined, matrix, sums, put.stamp, put.buffer))
         return moved
 
