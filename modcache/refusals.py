@@ -63,7 +63,7 @@ def refuse_standing(standing: Standing, grad: bool, *, versioned: bool, frozen: 
         raise Bypass(
             "training mode",
             f"{standing.training} is in training mode, where its rows may be random or depend on each other, so it "
-            "runs uncached. Call eval() on it, or wrap it with freeze=True.",
+            f"runs uncached. Call eval() on it{'' if frozen else ', or wrap it with freeze=True'}.",
         )
     if standing.unreadable and not versioned:
         raise Bypass(

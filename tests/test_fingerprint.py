@@ -443,6 +443,16 @@ def test_training_names_only_what_may_be_random():
     assert risky(patched) == "Linear"
 
 
+@pytest.mark.parametrize("library", ["torchvision.transforms.v2._geometry", "torchaudio.transforms._transforms"])
+def test_transforms_ask_for_no_mode(library):
+    """They are modules that nobody puts in eval mode; what the user derives from one may be anything."""
+    transform = type("Resize", (nn.Module,), {"__module__": library, "forward": lambda self, x: x})
+    own = type("Own", (transform,), {"__module__": __name__})
+    for cls, name in ((transform, None), (own, "0")):
+        module = nn.Sequential(cls()).train()
+        assert Followed(module).check().training == name
+
+
 def test_mode_comes_and_goes():
     """train() and eval() are seen at once, and the state afterwards is the one before."""
     followed = Followed(frozen(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))))

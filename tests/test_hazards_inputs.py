@@ -847,6 +847,49 @@ def test_prepare_is_in_the_namespace():
     assert not torch.equal(one(["a", "b"]), two(["a", "b"]))
 
 
+class Transform(nn.Module):
+    """As torchvision has them: a module, and so in training mode wherever `prepare=` uses it."""
+
+    __module__ = "torchvision.transforms.transforms"
+
+    def __init__(self, jitter):
+        super().__init__()
+        self.jitter = jitter
+
+    def forward(self, number):
+        row = torch.full((4,), float(number))
+        return row + torch.rand(1) if self.jitter else row
+
+
+@pytest.mark.parametrize("jitter", [False, True])
+def test_transforms_in_prepare(jitter):
+    """Those that draw nothing are cached; those that do are found out, and said to be random."""
+    transform = Transform(jitter)
+    cached = cached_module(Encoder(), freeze=True, prepare=lambda rows: torch.stack(list(map(transform, rows))))
+    with pytest.warns(CacheWarning, match="it did not give the same rows") if jitter else Quiet():
+        cached([1, 2, 3, 4])
+        cached([4, 3, 2, 1])
+    assert cache_of(cached).stats.hits == (0 if jitter else 4)
+
+
+def test_a_module_of_ones_own_in_prepare():
+    """It may do otherwise in training mode; freezing does not reach it, and is not what it is told to do."""
+
+    class Own(nn.Module):
+        def forward(self, numbers):
+            return torch.tensor(numbers)[:, None] * torch.ones(4)
+
+    own = Own()
+    cached = cached_module(Encoder(), freeze=True, prepare=lambda rows: own(rows))
+    with pytest.warns(CacheWarning, match=r"prepare variable own is in training mode.*Call eval\(\) on it\.$"):
+        cached([1, 2, 3, 4])
+    own.eval()
+    with Quiet():
+        cached([1, 2, 3, 4])
+        cached([4, 3, 2, 1])
+    assert cache_of(cached).stats.hits == 4
+
+
 def test_prepare_in_bypassed_calls():
     """prepare is applied in a bypassed call, and in mode off, too."""
     cached, plain = pair(prepare=lambda t: torch.ones(len(t), 4))

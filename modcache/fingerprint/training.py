@@ -33,6 +33,8 @@ _SAFE = frozenset(getattr(nn, name) for name in _SAFE_NAMES if hasattr(nn, name)
 }
 _DROPOUTS = frozenset({nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout})
 _RECURRENT = frozenset({nn.RNN, nn.LSTM, nn.GRU})
+# They are in training mode wherever a `prepare=` uses them, and ask for no mode: those that draw are seen to draw.
+_TRANSFORMS = ("torchvision.transforms.", "torchaudio.transforms.")
 
 
 def first_in_training(modules: Mapping[str, nn.Module]) -> str | None:
@@ -59,4 +61,4 @@ def _safe(module: nn.Module) -> bool:
         return not module.dropout
     if getattr(module, "max_norm", None) is not None:  # an embedding that rescales its rows as they are read
         return False
-    return cls in _SAFE
+    return cls in _SAFE or cls.__module__.startswith(_TRANSFORMS)
