@@ -880,7 +880,11 @@ def test_a_module_of_ones_own_in_prepare():
             return torch.tensor(numbers)[:, None] * torch.ones(4)
 
     own = Own()
-    cached = cached_module(Encoder(), freeze=True, prepare=lambda rows: own(rows))
+
+    def prepare(rows):
+        return own(rows)
+
+    cached = cached_module(Encoder(), freeze=True, prepare=prepare)
     with pytest.warns(CacheWarning, match=r"prepare variable own is in training mode.*Call eval\(\) on it\.$"):
         cached([1, 2, 3, 4])
     own.eval()
