@@ -185,8 +185,7 @@ class Attached:
     def _drop_spoiled(self) -> None:
         """Something was changed unnoticed a few calls ago: rows stored since then may be of either state."""
         self._late_moves = self.identity.late_moves
-        suspect = self.identity.suspect
-        dropped = self.memo.drop_since(0 if suspect is None else suspect.since)
+        dropped = self.memo.drop_since(self.identity.spoiled_since)
         self.memo.say(
             "changed unnoticed",
             "it was changed in a way that is noticed late (its weights behind autograd's back, or code, a class or a "

@@ -229,7 +229,7 @@ def _put(job: Job, plan: CallPlan, computed: Computed) -> None:
     for numbers, rows in computed.parts:
         memo.put(job.site.namespace, [keys[number] for number in numbers.tolist()], rows)
     shared = shared_digests(job.batch)
-    memo.memory.remember(job.site.namespace, job.keyed, shared, plan.compute)
+    memo.recent.remember(job.site.namespace, job.keyed, shared, plan.compute)
     _say_why_they_miss(job, shared, plan.compute)
 
 

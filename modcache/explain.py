@@ -12,7 +12,7 @@ from .keys.keyed import Keyed
 from .keys.parts import Part, Texts, Values
 from .locks import lock_of
 
-__all__ = ["Explanation", "Memory", "differing_parts", "part_digests"]
+__all__ = ["Explanation", "Recent", "differing_parts", "part_digests"]
 
 _REMEMBERED_ROWS = 4096
 _REMEMBERED_BYTES = 1 << 22  # rows larger than this are not digested a second time just to explain a miss
@@ -61,7 +61,7 @@ class _Call(NamedTuple):
             yield key, _Known(self.namespace, self.metas, self.shared, own)
 
 
-class Memory:
+class Recent:
     """Remembers what the keys of the latest computed rows were made of: a few lists for each call."""
 
     def __init__(self) -> None:

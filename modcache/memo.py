@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from .explain import Memory
+from .explain import Recent
 from .findings import Findings
 from .keys import Extractor
 from .locks import lock_of
@@ -90,7 +90,7 @@ class Memo:
         self.look_up = look_up_in(store)
         self.word = Word(store, name)
         self.findings = findings(store, self.word)
-        self.memory = Memory()
+        self.recent = Recent()
         self.padding = PaddingWatch()
         self.shared = SharedWatch()
         self.hooks: dict[int, CallHook] = {}

@@ -8,7 +8,7 @@ from torch import nn
 
 from modcache import CacheMissError, UsageTypeError, cache_of, cached_module, mode, register_key_extractor
 from modcache import explain as module
-from modcache.explain import Explanation, Memory, differing_parts
+from modcache.explain import Explanation, Recent, differing_parts
 from modcache.keys import registry
 
 from .models import Scaled, TokenEncoder, encoder
@@ -166,7 +166,7 @@ def test_memory_is_bounded(monkeypatch):
     cache_of(cached).clear()
     gone = "it was stored and is no longer held (evicted, cleared, or refused by a full store)"
     assert [reason == gone for reason in reasons(cached, X)] == [False, False, True, True]
-    assert len(Memory()._calls) == 0
+    assert len(Recent()._calls) == 0
 
 
 def test_differing_parts():
@@ -260,13 +260,13 @@ def test_registered_functions_are_asked_once(monkeypatch):
 
 
 def test_remembering_costs_a_few_objects_per_call():
-    """A hundred calls leave no object of the memory for each row, only lists."""
+    """A hundred calls leave no object for each row, only lists."""
     cached = cached_module(encoder(), freeze=True)
     for number in range(10):
         cached(torch.randn(64, 3) + number)
-    memory = cache_of(cached)._attached.memo.memory
-    assert len(memory._calls) == 10
-    assert sum(len(call.keys) for call in memory._calls) == 640
+    recent = cache_of(cached)._attached.memo.recent
+    assert len(recent._calls) == 10
+    assert sum(len(call.keys) for call in recent._calls) == 640
 
 
 def test_explaining_a_large_batch_is_quick():

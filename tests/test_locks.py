@@ -41,7 +41,7 @@ def locks_of(module):
     attached = module._modcache
     memo = attached.memo
     return [
-        attached.identity._lock, attached._naming._lock, memo._lock, memo._counters._lock, memo.memory._lock,
+        attached.identity._lock, attached._naming._lock, memo._lock, memo._counters._lock, memo.recent._lock,
         files._lock, registry._lock,
     ]  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from .callables import callable_digest
 from .context import context, context_facts
-from .facts import UNDETERMINED, Fingerprint, Standing, Suspect
+from .facts import UNDETERMINED, Fingerprint, Standing
 from .identity import Identity
 from .training import first_in_training
 
@@ -11,7 +11,6 @@ __all__ = [
     "Fingerprint",
     "Identity",
     "Standing",
-    "Suspect",
     "callable_digest",
     "context",
     "context_facts",

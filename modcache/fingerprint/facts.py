@@ -51,11 +51,3 @@ class Fingerprint:
     weights: bytes
     opaque: tuple[str, ...]
     bookkeeping: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Suspect:
-    """Rows that a late write may have spoiled: those stored in ``state`` since check number ``since``."""
-
-    state: int
-    since: int

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..digest import digest, encode
 from ..locks import lock_of
-from .facts import UNDETERMINED, Fingerprint, Standing, Suspect
+from .facts import UNDETERMINED, Fingerprint, Standing
 from .settle import Changes, changes
 from .strangers import Strangers
 from .training import first_in_training
@@ -100,8 +100,8 @@ class Identity:
         """The number of the last check."""
         self.late_moves = 0
         """How many writes were noticed late."""
-        self.suspect: Suspect | None = None
-        """Which rows the last of these may have spoiled."""
+        self.spoiled_since = 0
+        """The check since which the last of these may have spoiled what was computed."""
 
     def __reduce__(self) -> tuple[Callable[[], Identity], tuple[()]]:
         """A copy, or what a pickle holds, follows another module: it starts anew."""
@@ -140,12 +140,12 @@ class Identity:
         return self._stand(look, grad, counted=moved is Moved.WEIGHTS)
 
     def _noticed_late(self, look: _Look, turn: int) -> None:
-        """Tell which rows are suspect: none, if everything was looked at in the check before this one."""
+        """Tell since when rows are suspect: none is, if everything was looked at in the check before this one."""
         self._weights.forget_devices(look.watch)
         since = max(look.since, turn - LATE_WITHIN)
         if since < turn - 1:
             self.late_moves += 1
-            self.suspect = Suspect(self._number(), since)
+            self.spoiled_since = since
 
     def _unmoved(self, look: _Look, grad: bool) -> Standing:
         """Nothing moved since the last look: another thread saw it, or the weights have come to rest."""
@@ -221,16 +221,14 @@ class Identity:
         else:
             weights = self._counted(look.watch)
         self._at = look.facts.structure, weights
-        return self._number()
+        return self._number(self._at)
 
-    def _number(self) -> int:
-        if self._at is None:
-            return UNDETERMINED
-        known = self._states.get(self._at)
+    def _number(self, at: tuple[bytes, object]) -> int:
+        known = self._states.get(at)
         if known is None:
             if len(self._states) >= _KNOWN_STATES:
                 self._states.pop(next(iter(self._states)))
-            known = self._states[self._at] = next(self._numbers)
+            known = self._states[at] = next(self._numbers)
         return known
 
     def _eager(self, watch: Watch) -> bool:
@@ -302,7 +300,7 @@ class Identity:
         """Bookkeeping changes how a state is written down, not which one it is."""
         if self._at is None:
             return
-        number = self._number()
+        number = self._number(self._at)
         if self._eager(look.watch):
             weights: object = self._weights.weigh(look.watch).digest
         else:
