@@ -12,6 +12,7 @@ import torch
 
 from .arguments import Arguments, Binder
 from .batch import Batch, tensors_in
+from .chance import preserved_randomness
 from .contents import contents_of, is_changed
 from .hit import Site
 from .keys.keyed import Keyed
@@ -120,13 +121,13 @@ def run_rows(job: Job, places: list[int], width: int) -> Run:
     except Exception as error:
         if whole:
             raise
-        _only_whole_batches(job, error, "prepare")  # reading a file may fail once, and says nothing of rows
+        _only_whole_batches(job, error, "prepare", None)
     try:
         output = ready() if whole else apart(ready)
     except Exception as error:
         if whole or is_out_of_memory(error):
             raise
-        _only_whole_batches(job, error, "forward")
+        _only_whole_batches(job, error, "forward", ready)
     if before != _versions(taken) or is_changed(contents):
         job.memo.block(job.form, "writes into its input")
         raise Bypass(
@@ -146,13 +147,16 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error)
 
 
-def _only_whole_batches(job: Job, error: Exception, culprit: str) -> NoReturn:
-    """Something failed on a part of the batch: does it on the whole? Then it is no matter of rows."""
+def _only_whole_batches(job: Job, error: Exception, culprit: str, ready: Callable[[], object] | None) -> NoReturn:
+    """Something failed on a part of the batch: does it on the whole? Then it is no matter of rows.
+
+    What fails once (a file, a service, a time that is up) says nothing; a forward is judged when it fails again.
+    """
     arguments = job.arguments
     output = run_uncached(job.memo.options, job.host.run, arguments.args, arguments.kwargs)
     reason = "fails on some of its rows"
     what = f"its {culprit} raised {type(error).__name__} on some of its rows ({error}), but not on the whole batch"
-    if culprit == "prepare":
+    if ready is None or _runs_now(job, ready):
         raise Bypass(reason, f"{what}; that call ran uncached.", output) from None
     job.memo.block(job.form, reason)
     raise Bypass(
@@ -160,6 +164,15 @@ def _only_whole_batches(job: Job, error: Exception, culprit: str) -> NoReturn:
         f"{what}; it runs uncached from now on. If an argument is the same for all rows, name it in broadcast=.",
         output,
     ) from None
+
+
+def _runs_now(job: Job, ready: Callable[[], object]) -> bool:
+    try:
+        with preserved_randomness(), job.host.undisturbed():
+            apart(ready)
+    except Exception:
+        return False
+    return True
 
 
 def apart(ready: Callable[[], object]) -> object:

@@ -99,8 +99,12 @@ def _at_full_length(
     return dims
 
 
-def _again(job: Job, run: Run, chosen: list[int], batch: Batch, *, wider: bool = False) -> Rows | None:
+def _again(
+    job: Job, run: Run, chosen: list[int], batch: Batch, *, wider: bool = False, failed: bool = False
+) -> Rows | None:
     """What the module gives for some of the rows now; ``None`` if that could not be done.
+
+    It has to fail twice, for a file or a service may fail once.
 
     Raises:
         Bypass: it does not give rows for these rows alone.
@@ -118,6 +122,8 @@ def _again(job: Job, run: Run, chosen: list[int], batch: Batch, *, wider: bool =
             return _again(job, run, chosen[:1], batch, wider=wider)
         if is_out_of_memory(error) or wider:
             return None
+        if not failed:
+            return _again(job, run, chosen, batch, failed=True)
         _fail(job, run, f"on some of the rows of the batch alone it raises {type(error).__name__}: {error}")
     try:
         return rows_of(output, len(chosen) if job.memo.options.per_row else None, job.home)

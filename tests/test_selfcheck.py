@@ -251,3 +251,42 @@ def test_copies_that_do_not_fit_into_memory():
     module(batch)
     assert sizes == [2, 3, 1]
     assert cache_of(module).stats.hits == 2
+
+
+class _Failing(nn.Module):
+    """Raises when the next of its answers says so."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = answers
+
+    def forward(self, x):
+        if next(self.answers, False):
+            raise TimeoutError("the time is up")
+        return x * 2
+
+
+def test_a_forward_that_fails_once_is_no_finding():
+    """What fails once (a file, a service, an alarm) is run again before it is judged; what fails twice is."""
+    batch = torch.randn(6, 3)
+    module = cached_module(_Failing(iter([False, True])).eval())
+    for _ in range(2):
+        assert torch.equal(module(batch), batch * 2)
+    assert (cache_of(module).stats.computed, cache_of(module).stats.hits) == (6, 6)
+    module = cached_module(_Failing(iter([False, True, True])).eval())
+    with pytest.warns(CacheWarning, match="on some of the rows of the batch alone it raises TimeoutError"):
+        module(batch)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_part_that_fails_once_is_no_finding(twice):
+    """The call runs uncached, and later ones too only if the part fails a second time."""
+    batch = torch.randn(6, 3)
+    module = cached_module(_Failing(iter([False, False, True, False, twice])).eval())
+    module(batch[:3])
+    match = "it runs uncached from now on" if twice else "that call ran uncached"
+    with pytest.warns(CacheWarning, match=f"raised TimeoutError on some of its rows .*; {match}"):
+        assert torch.equal(module(batch), batch * 2)
+    for _ in range(2):
+        assert torch.equal(module(batch), batch * 2)
+    assert cache_of(module).stats.hits == (0 if twice else 9)
