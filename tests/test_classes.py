@@ -215,3 +215,57 @@ def test_a_module_that_takes_no_attributes():
     module(torch.eye(3))
     assert cache_of(module).stats.hits == 3
     assert type(uncached(module)) is Closed
+
+
+@cached_module(freeze=True)
+class Cast(nn.Module):
+    """Casts itself while it is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.double()
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_decorated_class_that_casts_itself_while_it_is_made():
+    """What is not complete yet can be cast, and is cached once it is."""
+    module, batch = Cast(), torch.eye(3, dtype=torch.float64)
+    assert torch.equal(module(batch), module(batch))
+    assert cache_of(module).stats.hits == 3
+
+
+def test_an_instance_of_a_decorated_class_that_was_not_made_by_its_init():
+    """It is readied when it is first asked for: some loaders fill what ``__new__`` gives."""
+    made = Cast()
+    other = Cast.__new__(Cast)
+    other.__dict__.update({name: value for name, value in vars(made).items() if name != "_modcache"})
+    batch = torch.eye(3, dtype=torch.float64)
+    assert torch.equal(other(batch), made(batch))
+    assert cache_of(other).stats.computed == 3
+
+
+def rebuilt(width):
+    return Rebuilt(width)
+
+
+class Rebuilt(nn.Linear):
+    """Pickles by what it was made of."""
+
+    def __init__(self, width):
+        super().__init__(3, width)
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def __reduce__(self):
+        return rebuilt, (self.out_features,)
+
+
+def test_a_class_that_pickles_in_its_own_way_keeps_it():
+    """What it gives back is what it says itself: a plain module."""
+    module = cached_module(Rebuilt(2), freeze=True)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(other) is Rebuilt
+        assert torch.equal(other(torch.eye(3)), module(torch.eye(3)))
