@@ -124,3 +124,48 @@ def test_a_buffer_without_a_shape_is_left_to_the_version():
     assert torch.equal(module(X), X + 1)
     assert torch.equal(module(X), X + 1)
     assert cache_of(module).stats.hits == len(X)
+
+
+class Cutting(nn.Module):
+    """Asks something of transformers, or what stands for it, how many numbers of a row it is to look at."""
+
+    def __init__(self, helper, name):
+        super().__init__()
+        self.helper, self.name = helper, name
+
+    def forward(self, x):
+        return x[:, : getattr(self.helper, self.name)].sum(1, keepdim=True)
+
+
+class PreTrainedTokenizerBase:
+    """As in transformers: a vocabulary that cannot be read, and settings that a run may change."""
+
+    def __init__(self, length):
+        self.model_max_length = length
+        self._tokenizer = torch.Generator()
+
+
+class ImageProcessingMixin:
+    """As in transformers: what it does to an image is in its attributes."""
+
+    def __init__(self, size):
+        self.size = size
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(PreTrainedTokenizerBase, "model_max_length"), (ImageProcessingMixin, "size")]
+)
+def test_settings_of_tokenizers_and_processors_count(make, name, tmp_path):
+    """A later run that cuts texts elsewhere, or scales images otherwise, is served no row of the earlier one."""
+    for length, hits in ((4, 0), (2, 0), (4, 2)):
+        cached = cached_module(Cutting(make(length), name), freeze=True, store=tmp_path)
+        assert torch.equal(cached(X), X[:, :length].sum(1, keepdim=True))
+        assert cache_of(cached).stats.hits == hits
+        setattr(cached.helper, name, 3)  # and while it runs
+        assert torch.equal(cached(X), X[:, :3].sum(1, keepdim=True))
+        cache_of(cached).close()
+
+
+def test_a_tokenizer_is_still_listed():
+    """Its vocabulary is not read, so the manifest names it."""
+    assert any("PreTrainedTokenizerBase" in place for place in fingerprint(PreTrainedTokenizerBase(4)).opaque)

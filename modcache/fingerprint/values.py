@@ -35,9 +35,7 @@ _DEPTH = 64
 _ITEMS = 1 << 12  # of one container; one of more is read in bulk if it can be
 _OBJECTS = 1 << 12  # reached from one attribute; the others count by class
 
-_OPAQUE_BASES = frozenset(
-    {"PreTrainedTokenizerBase", "ProcessorMixin", "FeatureExtractionMixin", "ImageProcessingMixin", "Logger"}
-)
+_OF_TOKENIZERS = ("model_max_length", "padding_side", "truncation_side")
 IMMUTABLE = (int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout)
 _IMMUTABLE_TYPES = frozenset({*IMMUTABLE, bool})
 _SAID_BY_TEXT = (
@@ -170,12 +168,25 @@ class ValueReader(abc.ABC):
         if of_library(cls.__module__) and not (isinstance(value, _NAMESPACES) or shows_its_fields(value)):
             return self._of_library(value, path)
         self._objects += 1
-        if self._objects > _OBJECTS or not _OPAQUE_BASES.isdisjoint(base.__name__ for base in cls.__mro__):
+        bases = {base.__name__ for base in cls.__mro__}
+        if self._objects > _OBJECTS or "Logger" in bases:
             return self._opaque(value, path)
+        if "PreTrainedTokenizerBase" in bases:
+            return self._tokenizer(value, path)
         inner = self._set_on(value, path)
         if inner is None:
             return self._opaque(value, path)
         return frame(b"object", self.class_reference(cls) + inner)
+
+    def _tokenizer(self, value: object, path: str) -> bytes:
+        """Of a tokenizer: not its vocabulary, which is listed as opaque, but where it cuts and pads."""
+        fields: dict[str, object] = getattr(value, "__dict__", {})
+        names = [name for name in _OF_TOKENIZERS if name in fields]
+        kept = tuple(name for name in names if f"{path}.{name}" not in self._bookkeeping)
+        if kept:
+            self.seen.partial[id(fields)] = fields, kept
+        inside = b"".join(self.field(fields[name], name, f"{path}.{name}") for name in names)
+        return frame(b"tokenizer", self._opaque(value, path) + inside)
 
     def _kind(self, cls: type) -> bytes:
         """The class of a container or a number: by name, and by its code where it is the user's own."""
