@@ -1297,8 +1297,9 @@ def test_context_before_torch_2_9(monkeypatch):
 INSTALLED = """
 import torch
 LIMIT = 2
+SIZES = (1, (2,))
 CACHE = {}
-def used(x): return [y * LIMIT for y in x]
+def used(x): return [y * LIMIT + SIZES[0] for y in x]
 def unused(x): return CACHE, LIMIT
 class Model(torch.nn.Module):
     rate = 3
@@ -1332,6 +1333,10 @@ def test_installed_code_is_followed_from_forward_only(monkeypatch):
     module.LIMIT = 3
     assert found().digest != before.digest
     module.LIMIT = 2
+    assert found().digest == before.digest
+    module.SIZES = (1, (3,))
+    assert found().digest != before.digest
+    module.SIZES = (1, (2,))
     module.Model.download = lambda self, x: x
     assert found().digest != before.digest
 
@@ -1344,13 +1349,14 @@ class Auto:
     def from_pretrained(cls): return cls.download()
     @classmethod
     def download(cls): return SESSION
+def fetch(): return SESSION
 def scaled(x): return x * SCALE
 """
 OWN = """
 import torch
-from installed_models import Auto, scaled
+from installed_models import Auto, fetch, scaled
 WIDTH, RATE = 2, 1
-def load(): return Auto.from_pretrained()
+def load(): return fetch(), Auto.from_pretrained()
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
