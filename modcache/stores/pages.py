@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["reserve", "zeros"]
 
 _MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python < 3.12 has no name for it
-_LARGE: Final = 1 << 20  # below, the allocator is quicker and wastes less
+_LARGE: Final = 1 << 18  # below, the allocator is quicker; what it frees of more makes it keep as much for good
 
 
 def reserve(size: int, huge_from: int) -> mmap.mmap | None:
