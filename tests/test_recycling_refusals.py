@@ -14,12 +14,12 @@ X = torch.arange(24.0).reshape(6, 4)
 class Model(nn.Module):
     """Two layers below the cut, which is at ``mid``, and one above; the forward is given."""
 
-    def __init__(self, forward=None, low=None):
+    def __init__(self, forward=None, low=None, mid=None):
         super().__init__()
         torch.manual_seed(0)
         self.low = nn.Linear(4, 4) if low is None else low
         self.other = nn.Linear(4, 4)
-        self.mid = nn.Linear(4, 4)
+        self.mid = nn.Linear(4, 4) if mid is None else mid
         self.high = nn.Linear(4, 2)
         self.given = forward
 
@@ -37,6 +37,13 @@ class Pair(nn.Module):
 
     def forward(self, x):
         return self.layer(x), self.second(x)
+
+
+class Adds(nn.Module):
+    """Adds what else it is given."""
+
+    def forward(self, x, *others):
+        return sum(others, x)
 
 
 class Notes(nn.Module):
@@ -65,6 +72,10 @@ REFUSED = {
     "an input of the cut that only larger batches give": (
         lambda: Model(lambda m, x: m.high(m.mid(*([m.low(x)] if len(x) > 2 else [m.other(x)])))),
         "depends on which rows",
+    ),
+    "an argument of the cut that only larger batches give": (
+        lambda: Model(lambda m, x: m.high(m.mid(m.low(x), *([m.low(x) * 2] if len(x) > 2 else []))), mid=Adds()),
+        "depends on which rows are in the batch",
     ),
     "no rows at the cut": (
         lambda: Model(lambda m, x: m.high(m.mid(m.low(torch.ones(3, 4)))).sum() + x),
