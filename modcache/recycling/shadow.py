@@ -65,7 +65,7 @@ class _Copy:
         self.mine_names, self.mine = list(mine), list(mine.values())
         if training is not None:
             mine["training"] = training
-            self.values = []  # to be taken over anew
+            self.names = []  # to be taken over anew
 
     def hand_back(self) -> Iterator[tuple[str, object]]:
         """Names of the attributes that were set on the copy since, and what the original had."""
@@ -77,7 +77,7 @@ class _Copy:
                 theirs[name] = mapped(value, settled, Ghost)
         for name in [name for name in before if name not in mine and name not in _OWN]:
             theirs.pop(name, None)
-        self.values = []
+        self.names = []
 
 
 class Shadow:
@@ -160,21 +160,13 @@ class Shadow:
 
     def follow(self) -> bool:
         """Give the copies the attributes of their originals; whether the modules of the model are the same still."""
-        # By identity throughout, and in C: a module may have an `__eq__`, and each call comes here.
+        # Values by identity, and in C: a module may have an `__eq__`, and each call comes here.
         for copy in self._copies:
             theirs = vars(copy.original)
             children = theirs["_modules"]
-            if (
-                len(children) != len(copy.children)
-                or not all(map(is_, children.values(), copy.children))
-                or not all(map(is_, children, copy.children_names))
-            ):
+            if list(children) != copy.children_names or not all(map(is_, children.values(), copy.children)):
                 return False
-            if (
-                len(theirs) != len(copy.values)
-                or not all(map(is_, theirs.values(), copy.values))
-                or not all(map(is_, theirs, copy.names))
-            ):
+            if list(theirs) != copy.names or not all(map(is_, theirs.values(), copy.values)):
                 copy.take_over(None)
                 self.stamp = object()
         self.ready = True
@@ -192,11 +184,7 @@ class Shadow:
         news: list[Written] = []
         for copy in self._copies:
             mine = vars(copy.other)
-            if (
-                len(mine) == len(copy.mine)
-                and all(map(is_, mine.values(), copy.mine))
-                and all(map(is_, mine, copy.mine_names))
-            ):
+            if list(mine) == copy.mine_names and all(map(is_, mine.values(), copy.mine)):
                 continue
             for name, before in copy.hand_back():
                 if (id(copy.original), name) not in self.written:
