@@ -21,13 +21,13 @@ class Of(nn.Module):
         return self.function(x)
 
 
-class ProcessorMixin:
+class Logger:
     """Objects of classes of this name count by their class: they are not looked into."""
 
 
 def test_something_trainable_that_cannot_be_seen_is_not_cut_off():
     """A gradient flows to what feeds the output, wherever the module has hidden it, and the user is told."""
-    hidden = ProcessorMixin()
+    hidden = Logger()
     hidden.scale = torch.ones(4, requires_grad=True)
     module = Of(None, hidden).eval()
     module.function = lambda x: x * module.held.scale
