@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -128,6 +130,54 @@ def test_a_pipe_is_not_waited_for(directory):
         with pytest.raises(OSError, match="not a regular file"):
             directory.open_segment(HEX, name)
     assert directory.remove_segment(HEX, SEGMENT) == 0
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder", "link to itself"])
+def test_what_is_no_file_is_not_ours(directory, kind, tmp_path, monkeypatch):
+    """Whatever is no regular file is refused in one way, stays, and keeps nothing else from being removed."""
+    put(directory, HEX, SEGMENT.log, LOG_MAGIC + bytes(100))
+    first = SegmentName(WRITER, 0)
+    place = directory.place_of(HEX) / first.log
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "socket":
+        monkeypatch.chdir(place.parent)  # a socket's path may be no longer than a hundred bytes
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(place.name)
+    elif kind == "device":
+        try:
+            os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(1, 5))
+        except PermissionError:
+            pytest.skip("only root makes devices")
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.symlink_to(place.name)
+    with pytest.raises(OSError, match=r".") as caught:
+        directory.open_segment(HEX, first.log)
+    assert caught.value.errno == (errno.ELOOP if kind == "link to itself" else errno.EINVAL)
+    assert directory.remove_segment(HEX, first) == 0
+    directory.remove_segments(HEX)
+    assert os.path.lexists(place)
+    assert not (directory.place_of(HEX) / SEGMENT.log).exists()
+
+
+def test_one_file_that_stays_keeps_no_other(directory, monkeypatch):
+    """All segments that can be removed are, before the one that cannot is heard of."""
+    stays = SegmentName(WRITER, 0)
+    for segment in (stays, SEGMENT):
+        put(directory, HEX, segment.log, LOG_MAGIC + bytes(100))
+    unlink = os.unlink
+
+    def busy(path, **options):
+        if Path(path).name == stays.log:
+            raise OSError(errno.EBUSY, "busy", path)
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", busy)
+    with pytest.raises(OSError, match="busy"):
+        directory.remove_segments(HEX)
+    assert set(directory.names_in(HEX)) == {stays.log}
 
 
 def test_only_ours_is_removed(directory):

@@ -184,10 +184,11 @@ class Directory:
         """Unlinks all files of segments in a folder that are ours.
 
         Raises:
-            OSError: a file cannot be unlinked.
+            OSError: a file cannot be unlinked; all others are.
         """
-        for segment in self.segments(folder):
-            self.remove_segment(folder, segment)
+        with contextlib.ExitStack() as removing:  # which goes on after an error
+            for segment in self.segments(folder):
+                removing.callback(self.remove_segment, folder, segment)
 
     def remove_folder(self, folder: str) -> bool:
         """Removes the folder of a namespace with its manifest if nothing else is in it; whether it is gone."""
@@ -260,7 +261,7 @@ class Directory:
             OSError: it cannot be opened, a folder on the way is no folder, or it is no regular file.
         """
         if os.open not in os.supports_dir_fd:
-            return _regular(os.open(self.path.joinpath(*parts, name), flags | _SAFE, 0o600), name)
+            return _opened(self.path.joinpath(*parts, name), flags)
         folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             for part in parts:
@@ -268,7 +269,7 @@ class Directory:
                 # In this order: an interrupt may leak a descriptor, but must never close one twice.
                 outer, folder = folder, inner
                 os.close(outer)
-            return _regular(os.open(name, flags | _SAFE, 0o600, dir_fd=folder), name)
+            return _opened(name, flags, folder)
         finally:
             os.close(folder)
 
@@ -280,10 +281,16 @@ class Directory:
             return []
 
 
-def _regular(file: int, name: str) -> int:
+def _opened(path: str | Path, flags: int, folder: int | None = None) -> int:
+    try:
+        file = os.open(path, flags | _SAFE, 0o600, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP):  # a socket, or a device that is not there
+            raise OSError(errno.EINVAL, "not a regular file", str(path)) from None
+        raise
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", name)
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
     except BaseException:
         os.close(file)
         raise
