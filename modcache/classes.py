@@ -21,6 +21,7 @@ __all__ = [
     "cached_class",
     "class_before",
     "decorated_class",
+    "hangs_on",
     "is_decorated",
     "made_once",
     "noticed_apply",
@@ -204,7 +205,11 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
                 kwargs.pop("cache_keys", None)
                 return forward_of(cls)(self, *args, **kwargs)
             return _outside_the_graph(self, cls, args, kwargs)
-        attached: Any = self.__dict__.get(ATTACHED) or attached_to(self)
+        attached: Any = self.__dict__.get(ATTACHED)
+        if attached is None:
+            if not hangs_on(self):
+                return forward_of(cls)(self, *args, **kwargs)
+            attached = attached_to(self)
         return attached.forward(self, cls, args, kwargs)
 
     return forward
@@ -226,6 +231,8 @@ _outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _eagerly(module: nn.Module, cls: type[nn.Module], args: Any, kwargs: Any) -> Any:
+    if not hangs_on(module):
+        return forward_of(cls)(module, *args, **kwargs)
     attached: Any = attached_to(module)
     return attached.forward(module, cls, args, kwargs)
 
@@ -238,6 +245,11 @@ class Hung(Protocol):
 
     def seen_through(self, module: nn.Module) -> Any:
         """What `cache_of` gives."""
+
+
+def hangs_on(module: nn.Module) -> bool:
+    """Whether something hangs on a module of a class made here, or will: not if it is derived of ``type(cached)``."""
+    return ATTACHED in module.__dict__ or hasattr(type(module), "_modcache_attach")
 
 
 def attached_to(module: nn.Module) -> Attached | Hung:

@@ -15,8 +15,9 @@ __all__ = ["PaddingWatch", "SharedWatch"]
 
 _SAMPLED = 512  # rows that are watched at most
 _EVERY = 8  # once there are so many, one batch in so many is looked at
-_MANY = 16  # an argument of so many values is no option, but a count or a clock
-_REMEMBERED = 64  # values of what all rows share that are told apart
+_MANY = 64  # an argument of so many values is no option, but a count or a clock
+_AGAIN = 256  # rows that were computed again for its sake
+_REMEMBERED = 2 * _MANY  # values of what all rows share that are told apart
 
 Noted = TypeVar("Noted")
 Shared = tuple[tuple[str, bytes], ...]
@@ -101,7 +102,7 @@ class SharedWatch:
         rows = _contents(batch, keyed)
         if rows is not None:
             self._again += self._calls.differing([rows[place] for place in places], shared)
-        names = _ever_changing(tuple(self._values)) if self._again >= _MANY else ()
+        names = _ever_changing(tuple(self._values)) if self._again >= _AGAIN else ()
         self._ended = bool(names)
         return names
 

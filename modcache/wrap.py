@@ -17,6 +17,7 @@ from .classes import (
     cached_class,
     class_before,
     decorated_class,
+    hangs_on,
     is_decorated,
     original_class,
     undone_class,
@@ -216,7 +217,7 @@ def is_cached(module: nn.Module | type[nn.Module]) -> bool:
     """
     cls = module if isinstance(module, type) else type(module)
     found = next((base for base in cls.__mro__ if original_class(base) is not None), None)
-    return found is not None and class_before(found) is None
+    return found is not None and class_before(found) is None and (isinstance(module, type) or hangs_on(module))
 
 
 def uncached(module: M) -> M:

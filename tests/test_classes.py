@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from modcache import CacheWarning, cache_of, cached_module, is_cached, uncached
+from modcache import CacheWarning, NotCachedError, cache_of, cached_module, is_cached, uncached
 
 from .models import CountingEncoder, encoder
 
@@ -269,3 +269,20 @@ def test_a_class_that_pickles_in_its_own_way_keeps_it():
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert type(other) is Rebuilt
         assert torch.equal(other(torch.eye(3)), module(torch.eye(3)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_class_derived_of_the_class_of_a_cached_instance(compiled):
+    """Its instances are plain modules: nobody has asked for them to be cached."""
+    cached = cached_module(nn.Linear(3, 2), freeze=True)
+    cls = type(cached)
+
+    class Derived(cls):
+        """As somebody may derive of whatever class a module has."""
+
+    module = Derived(3, 2)
+    assert not is_cached(module)
+    called = torch.compile(module, backend="eager") if compiled else module
+    assert torch.equal(called(torch.eye(3)), (module.weight + module.bias[:, None]).T)
+    with pytest.raises(NotCachedError, match="is not cached"):
+        cache_of(module)
