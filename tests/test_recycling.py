@@ -559,3 +559,19 @@ def test_a_list_of_modules_that_has_a_forward_is_a_module():
     assert cache_of(recycled).stats.hits == 4
     with pytest.raises(CutError, match="2 is a ModuleList, which is never called"):
         recycle(model, at="2")
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.low, self.top = torch.jit.script(nn.Sequential(nn.Linear(4, 4))), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.top(self.low(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_cut_inside_of_torchscript_is_refused():
+    """What is compiled cannot be parted, and that is said."""
+    with pytest.raises(CutError, match="low is TorchScript"):
+        recycle(Scripted(), at="low.0")

@@ -43,6 +43,8 @@ def recycled_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def is_never_called(module: nn.Module) -> bool:
     """Whether a module only holds others, as a plain list or mapping of modules does: it has no forward."""
+    if isinstance(module, torch.jit.ScriptModule):  # of which asking for the class's forward fails
+        return False
     return type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 
