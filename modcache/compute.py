@@ -93,17 +93,19 @@ def _rows(job: Job, run: Run) -> Rows:
             return rows
         raise NotRowsError("its output needs grad: something trainable that is no parameter of it feeds the output")
     except NotRowsError as error:
-        remedy = (
-            "Call it with use_cache=False, which leaves that out."
-            if "past_key_values" in str(error)
-            else "Cache a submodule whose output has one row per input, or give per_row=False if the module has no "
-            "batch dimension."
-        )
         raise Bypass(
             "output is not rows",
-            f"{error}; it runs uncached. {remedy}",
+            f"{error}; it runs uncached. {_remedy(str(error))}",
             *((run.output,) if run.whole else ()),
         ) from None
+
+
+def _remedy(error: str) -> str:
+    if "needs grad" in error:
+        return "If that is not trained, call requires_grad_(False) on it, or the module under torch.no_grad()."
+    if "past_key_values" in error:
+        return "Call it with use_cache=False, which leaves that out."
+    return "Cache a submodule whose output has one row per input, or give per_row=False if it has no batch dimension."
 
 
 def _weights_moved(job: Job, run: Run, name: str) -> NoReturn:
