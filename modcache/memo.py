@@ -221,6 +221,11 @@ class Memo:
         """How many rows were served so far."""
         return self._counters.hits
 
+    @property
+    def computed(self) -> int:
+        """Rows that were computed so far."""
+        return self._counters.computed
+
     def flush(self) -> None:
         """Wait until what was stored would survive the process; the run goes on if it fails."""
         self._guarded("writing", self.store.flush)

@@ -173,6 +173,11 @@ class Counters:
         """Rows that were served so far."""
         return self._hits
 
+    @property
+    def computed(self) -> int:
+        """Rows that were computed so far."""
+        return self._computed
+
     def snapshot(self, held: int) -> Stats:
         """What was counted so far, with the bytes that the store holds."""
         with self._lock:

@@ -15,7 +15,10 @@ _KEPT = 8
 """States of weights that keep changing whose rows stay: an average of weights that is swapped in and out is served."""
 
 _FUTILE = 5
-"""Changes in a row, without a hit between them, after which rows are not worth a place on a disk."""
+"""New states in a row, with fewer hits than computed rows between them, whose rows are not worth a place on a disk.
+
+A few hits say nothing: twins of rows in the same batch are hits, too.
+"""
 
 
 class Succession:
@@ -29,7 +32,8 @@ class Succession:
         self._naming = naming
         self._latest: int | None = None
         self._left: deque[int] = deque()  # the states of changing weights, the first one left first
-        self._changes = self._hits = 0
+        self._changes = self._hits = self._computed = 0
+        self._newest = -1  # states are numbered as they come
 
     @property
     def latest(self) -> int | None:
@@ -46,11 +50,13 @@ class Succession:
             The states of which nothing is kept any more.
         """
         before, self._latest = self._latest, state
+        new, self._newest = state > self._newest, max(state, self._newest)
         if before is None:
             return []
         trained = any(parameter.requires_grad for parameter in module.parameters())
-        self._changes = self._changes + 1 if memo.hits == self._hits else 0
-        self._hits = memo.hits
+        hits, computed = memo.hits - self._hits, memo.computed - self._computed
+        self._changes = self._changes + 1 if new and (hits < computed or not hits) else 0
+        self._hits, self._computed = memo.hits, memo.computed
         changing = trained or self._changes >= _FUTILE
         memo.keep_in_memory(changing)
         if changing:

@@ -99,6 +99,30 @@ def test_frozen_weights_that_keep_changing_are_told_of():
     assert len(layer._modcache._naming._names) < 10
 
 
+def test_twins_in_a_batch_do_not_hide_that_nothing_is_served(tmp_path):
+    """A batch that is drawn with replacement has hits within itself; the disk is still not filled with old states."""
+    layer = cached_module(nn.Linear(4, 3), freeze=True, store=tmp_path)
+    with pytest.warns(CacheWarning, match="other ones at 5 calls in a row"), torch.no_grad():
+        for _ in range(20):
+            layer(BATCH[[0, 1, 2, 2]])
+            layer.weight.add_(0.1)
+    cache_of(layer).flush()
+    assert cache_of(layer).stats.hits == 20
+    assert len(cache_of(layer).store.back.namespaces()) == 5
+
+
+def test_two_states_that_take_turns_are_written(tmp_path):
+    """Nothing is served in a first epoch; the states are known by then, so a later run gets their rows."""
+    layer = cached_module(nn.Linear(4, 3), freeze=True, store=tmp_path)
+    own, other = layer.weight.detach().clone(), layer.weight.detach() * 2
+    with torch.no_grad():
+        for number, weights in enumerate([own, other] * 4):
+            layer.weight.copy_(weights)
+            layer(BATCH + number / 16)
+    cache_of(layer).flush()
+    assert cache_of(layer).store.back.stats().rows == 8 * len(BATCH)
+
+
 def test_states_that_come_back_are_served_although_something_is_trainable():
     """Weights that are swapped in and out between steps, as averages are, keep their rows."""
     with pytest.warns(CacheWarning, match="trainable"):
