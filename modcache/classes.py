@@ -18,6 +18,7 @@ from .own_names import Behind, own_functions, says_its_name
 
 __all__ = [
     "ATTACHED",
+    "Made",
     "cached_class",
     "class_before",
     "decorated_class",
@@ -27,7 +28,6 @@ __all__ = [
     "noticed_apply",
     "original_class",
     "reduced_by",
-    "subclass",
     "undone_class",
 ]
 

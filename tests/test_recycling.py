@@ -575,3 +575,17 @@ def test_a_cut_inside_of_torchscript_is_refused():
     """What is compiled cannot be parted, and that is said."""
     with pytest.raises(CutError, match="low is TorchScript"):
         recycle(Scripted(), at="low.0")
+
+
+def test_a_class_derived_of_the_class_of_a_recycled_model(model):
+    """Its instances are plain models: nobody has asked for them to be recycled."""
+    recycle(model.eval(), at="mid", batch=(BATCH,))
+    cls = type(model)
+
+    class Derived(cls):
+        """As somebody may derive of whatever class a model has."""
+
+    plain = Derived().eval()
+    plain.load_state_dict(model.state_dict())
+    assert not is_cached(plain)
+    torch.testing.assert_close(plain(BATCH), model(BATCH))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import UsageError
+from ..stats import bytes_text
 from .costs import AdvisedCut, Size
 
 __all__ = ["Advice"]
@@ -101,7 +102,7 @@ class Advice:
                 notes.setdefault(f"the head uses {_few(cut.frozen)}, too, and would not train it", []).append(str(cut))
             if cut.data_bytes and self.size.room is not None and cut.data_bytes > self.size.room:
                 rest = "are computed in each epoch" if cut.disk_ratio is None else "come from the disk"
-                room = f"memory has room for {_bytes(self.size.room)} of rows; the others {rest}"
+                room = f"memory has room for {bytes_text(self.size.room)} of rows; the others {rest}"
                 notes.setdefault(room, []).append(str(cut))
             if cut.pays and cut.disk_eats_gain:
                 notes.setdefault("the disk would eat the gain, if rows did not come from memory", []).append(str(cut))
@@ -162,8 +163,8 @@ def _cells(cut: AdvisedCut, size: Size) -> tuple[str, ...]:
         str(cut),
         f"{cut.parameters:.0%}",
         f"{cut.time:.0%}",
-        _bytes(cut.row_bytes),
-        "" if cut.data_bytes is None else _bytes(cut.data_bytes),
+        bytes_text(cut.row_bytes),
+        "" if cut.data_bytes is None else bytes_text(cut.data_bytes),
         _seconds(cut.seconds),
         _seconds(cut.reading_seconds),
         _seconds(cut.fixed_seconds),
@@ -187,12 +188,3 @@ def _seconds(value: float) -> str:
     if value < 600.0:
         return f"{value:.3g} s"
     return f"{value / 60:,.0f} min"
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} GB"

@@ -10,35 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..classes import ATTACHED, noticed_apply, reduced_by, subclass
+from ..classes import ATTACHED, Made, made_once, noticed_apply, reduced_by
 
 __all__ = ["is_never_called", "recycled_class"]
 
-_made: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
+_made: Made = weakref.WeakKeyDictionary()
 
 
 def recycled_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class that an instance of ``cls`` takes on when it is recycled."""
-    known = _made.get(cls)
-    made = known() if known is not None else None
-    if made is None:
 
-        @functools.wraps(cls.__init__)
-        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is the class's own
-            if type(self) is made:
-                self.__class__ = cls  # `type(model)(...)` asks for a new model, which nobody has recycled
-            cls.__init__(self, *args, **kwargs)
-
-        body = {
-            "__init__": __init__,
+    def body() -> dict[str, Any]:
+        return {
             "__reduce_ex__": reduced_by(cls, recycled_class, _new_recycled),
             "forward": _forward(cls),
             "train": _train(cls),
             "_apply": noticed_apply(cls),
         }
-        made = subclass(cls, body)
-        _made[cls] = weakref.ref(made)
-    return made
+
+    return made_once(_made, cls, body)
 
 
 def is_never_called(module: nn.Module) -> bool:
@@ -53,7 +43,7 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return _outside_the_graph(self, cls, args, kwargs)
-        return self.__dict__[ATTACHED].forward(self, cls, args, kwargs)
+        return _eagerly(self, cls, args, kwargs)
 
     return forward
 
@@ -67,7 +57,10 @@ _outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _eagerly(module: nn.Module, cls: type[nn.Module], args: Any, kwargs: Any) -> Any:
-    return module.__dict__[ATTACHED].forward(module, cls, args, kwargs)
+    attached = module.__dict__.get(ATTACHED)
+    if attached is None:  # of a class derived of the class of a recycled model
+        return cls.forward(module, *args, **kwargs)
+    return attached.forward(module, cls, args, kwargs)
 
 
 def _train(cls: type[nn.Module]) -> Callable[..., Any]:
