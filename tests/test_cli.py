@@ -19,8 +19,9 @@ from torch import nn
 
 import modcache
 from modcache.cli import main
-from modcache.cli.columns import bytes_text, shortest, table
+from modcache.cli.columns import shortest, table
 from modcache.cli.words import COMMANDS, age_of, size_of
+from modcache.stats import bytes_text
 from modcache.stores.disk.directory import Directory
 from modcache.stores.disk.manifest import write_manifest
 from modcache.stores.disk.names import folder_of
@@ -384,13 +385,14 @@ def test_progress_is_for_terminals(filled):
     assert b"nothing is damaged" in done.stdout
 
 
-def test_a_reader_that_has_seen_enough(filled):
-    """`modcache ... | head` ends without a traceback."""
+@pytest.mark.parametrize("words", [("ls",), ("--help",), ("--version",)])
+def test_a_reader_that_has_seen_enough(filled, words):
+    """`modcache ... | head` ends without a traceback, also where it shows its help."""
     reading, writing = os.pipe()
     os.close(reading)
     code = "import sys; from modcache.cli import main; sys.exit(main())"
     done = subprocess.run(
-        [sys.executable, "-c", code, "ls", str(filled)], stdout=writing, stderr=subprocess.PIPE, check=False
+        [sys.executable, "-c", code, *words, str(filled)], stdout=writing, stderr=subprocess.PIPE, check=False
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, b"")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["ago", "bytes_text", "shortest", "table", "visible"]
+__all__ = ["ago", "shortest", "table", "visible"]
 
 _AGO: Final = ((86400 * 2, 86400, "days"), (3600 * 2, 3600, "hours"), (120, 60, "minutes"), (2, 1, "seconds"))
 
@@ -27,19 +27,6 @@ def table(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) ->
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def bytes_text(count: float) -> str:
-    """A number of bytes for people.
-
-    >>> bytes_text(12), bytes_text(1536), bytes_text(3 << 30)
-    ('12 B', '1.5 KiB', '3.0 GiB')
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def shortest(names: Sequence[str], least: int = 8) -> dict[str, str]:

@@ -30,6 +30,30 @@ Answer = tuple[int, Report]
 def main(words: Sequence[str] | None = None) -> int:
     """Runs a command; the status for the shell: 0 fine, 1 damage or nothing found, 2 wrong usage."""
     given = list(sys.argv[1:] if words is None else words)
+    try:
+        return _status(given)
+    except SystemExit as stop:  # argparse has said what is wrong, or has shown the help
+        return USAGE if stop.code else FINE
+    except upkeep.NoNamespaceError as error:
+        _say(f"modcache: {error}", sys.stderr)
+        return LEFT
+    except ModcacheError as error:
+        _say(f"modcache: {error}", sys.stderr)
+        return USAGE
+    except BrokenPipeError:  # whoever read has seen enough; nothing more can be said on leaving, either
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return LEFT
+    except OSError as error:
+        place = f": {error.filename}" if error.filename is not None else ""
+        _say(f"modcache: {error.strerror or error}{place}", sys.stderr)
+        return LEFT
+    except KeyboardInterrupt:
+        return 130
+
+
+def _status(given: list[str]) -> int:
+    """Does what was asked for, and says it."""
     if not given or given[0] in ("-h", "--help"):
         _say(_overview(), sys.stdout if given else sys.stderr)
         return FINE if given else USAGE
@@ -42,28 +66,10 @@ def main(words: Sequence[str] | None = None) -> int:
     if command is None:
         _say(f"modcache: there is no command {given[0]!r}.\n\n{_overview()}", sys.stderr)
         return USAGE
-    try:
-        options = parsed(command, given[1:])
-        directory, rest = parting(command, options.words)
-        status, report = _RUN[command.name](directory, rest, options)
-        _say(json.dumps(report.to_dict(), indent=2) if options.json else text_of(report), sys.stdout)
-    except SystemExit as stop:  # argparse has said what is wrong, or has shown the help
-        return USAGE if stop.code else FINE
-    except upkeep.NoNamespaceError as error:
-        _say(f"modcache: {error}", sys.stderr)
-        return LEFT
-    except ModcacheError as error:
-        _say(f"modcache: {error}", sys.stderr)
-        return USAGE
-    except BrokenPipeError:  # whoever read has seen enough; nothing more can be said on leaving, either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return LEFT
-    except OSError as error:
-        place = f": {error.filename}" if error.filename is not None else ""
-        _say(f"modcache: {error.strerror or error}{place}", sys.stderr)
-        return LEFT
-    except KeyboardInterrupt:
-        return 130
+    options = parsed(command, given[1:])
+    directory, rest = parting(command, options.words)
+    status, report = _RUN[command.name](directory, rest, options)
+    _say(json.dumps(report.to_dict(), indent=2) if options.json else text_of(report), sys.stdout)
     return status
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from ..stats import bytes_text
 from ..stores.disk.upkeep.reports import (
     ClearReport,
     ExportReport,
@@ -17,7 +18,7 @@ from ..stores.disk.upkeep.reports import (
     Usage,
     VerifyReport,
 )
-from .columns import ago, bytes_text, shortest, table, visible
+from .columns import ago, shortest, table, visible
 
 __all__ = ["text_of"]
 
