@@ -20,38 +20,38 @@ BOUND = 60_000_000
 
 
 def live(directory: Path, seed: int, until: float) -> int:
-    """One process: puts, gets, deletes, reopens; every row that it ever gets is right."""
+    """One process: opens the directory again and again; no store warns of anything twice."""
     random = np.random.default_rng(seed)
-    store = None
     count = 0
-    with quiet():
-        while time.time() < until:
-            if store is None or random.random() < 0.01:
-                if store is not None:
-                    store.close()
-                store = DiskStore(directory, max_bytes=BOUND, mmap=bool(random.random() < 0.8), keep_free=0)
-            name = str(random.choice(list(LAYOUTS_ON_DISK)))
-            layout = LAYOUTS_ON_DISK[name]
-            most = 4 if layout.row_bytes > 1000 else 40
-            numbers = sorted(set(random.integers(0, NUMBERS, int(random.integers(1, most))).tolist()))
-            there = have(store, name, numbers, layout)
-            count += len(there)
-            act = random.random()
-            if act < 0.6:
-                put(store, name, [n for n in numbers if n not in there], layout)
-            elif act < 0.7:
-                store.delete(name, [key_of(n) for n in numbers[:3]])
-            elif act < 0.705:
-                store.delete(name)
-            elif act < 0.75:
-                store.flush()
-            elif act < 0.76:
-                store.describe(name, {"class": "tests.Soak", "checked": {str(seed): [[1]]}})
-            elif act < 0.765:
-                store.stats(), store.manifests()
-        if store is not None:
-            store.close()
+    while time.time() < until:
+        mmap = bool(random.random() < 0.8)
+        with quiet(), DiskStore(directory, max_bytes=BOUND, mmap=mmap, keep_free=0) as store:
+            while time.time() < until and random.random() >= 0.01:
+                count += act(store, seed, random)
     return count
+
+
+def act(store: DiskStore, seed: int, random: np.random.Generator) -> int:
+    """Gets some rows, all of which are right, then puts, deletes or tells something; how many there were."""
+    name = str(random.choice(list(LAYOUTS_ON_DISK)))
+    layout = LAYOUTS_ON_DISK[name]
+    most = 4 if layout.row_bytes > 1000 else 40
+    numbers = sorted(set(random.integers(0, NUMBERS, int(random.integers(1, most))).tolist()))
+    there = have(store, name, numbers, layout)
+    chosen = random.random()
+    if chosen < 0.6:
+        put(store, name, [n for n in numbers if n not in there], layout)
+    elif chosen < 0.7:
+        store.delete(name, [key_of(n) for n in numbers[:3]])
+    elif chosen < 0.705:
+        store.delete(name)
+    elif chosen < 0.75:
+        store.flush()
+    elif chosen < 0.76:
+        store.describe(name, {"class": "tests.Soak", "checked": {str(seed): [[1]]}})
+    elif chosen < 0.765:
+        store.stats(), store.manifests()
+    return len(there)
 
 
 def clean(directory: Path, seed: int, until: float) -> None:
@@ -76,9 +76,9 @@ def together(directory: Path, seconds: float, seed: int) -> dict[str, int]:
                 child = children.get(place)
                 if child is None and time.time() < until:
                     started += 1
-                    act = clean if place == 0 else live
+                    lives = clean if place == 0 else live
                     number = seed * 10_000 + started
-                    children[place] = Child(lambda say, act=act, number=number: act(directory, number, until))
+                    children[place] = Child(lambda say, lives=lives, number=number: lives(directory, number, until))
                 elif child is not None and time.time() < until and random.random() < 0.02:
                     child.kill()
             time.sleep(0.02)
