@@ -206,11 +206,7 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
                 return forward_of(cls)(self, *args, **kwargs)
             return _outside_the_graph(self, cls, args, kwargs)
         attached: Any = self.__dict__.get(ATTACHED)
-        if attached is None:
-            if not hangs_on(self):
-                return forward_of(cls)(self, *args, **kwargs)
-            attached = attached_to(self)
-        return attached.forward(self, cls, args, kwargs)
+        return _eagerly(self, cls, args, kwargs) if attached is None else attached.forward(self, cls, args, kwargs)
 
     return forward
 

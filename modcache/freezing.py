@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -105,21 +106,23 @@ def frozen_within(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def handed_over(before: Before, inner: Before, name: str) -> Before:
     """What freezing a module changed, and freezing one inside of it, of this name, that is undone first."""
-    head = f"{name}."
-
-    def merged(own: Flags, theirs: Flags) -> Flags:
-        on = {head + place if place else name for place, value in theirs if value}
-        return tuple((place, value or place in on) for place, value in own)
-
-    return Before(merged(before.training, inner.training), merged(before.requires_grad, inner.requires_grad))
+    return _either(before, inner, str, partial(_inside, name))
 
 
 def handed_in(before: Before, outer: Before, name: str) -> Before:
     """What freezing a module, which has this name in one around it that is undone first, and freezing that changed."""
-    head = f"{name}."
+    return _either(before, outer, partial(_inside, name), str)
+
+
+def _inside(name: str, place: str) -> str:
+    return f"{name}.{place}" if place else name
+
+
+def _either(before: Before, other: Before, mine: Callable[[str], str], its: Callable[[str], str]) -> Before:
+    """What was on before either of two; these say of their places by which name both know them."""
 
     def merged(own: Flags, theirs: Flags) -> Flags:
-        on = {place for place, value in theirs if value}
-        return tuple((place, value or (head + place if place else name) in on) for place, value in own)
+        on = {its(place) for place, value in theirs if value}
+        return tuple((place, value or mine(place) in on) for place, value in own)
 
-    return Before(merged(before.training, outer.training), merged(before.requires_grad, outer.requires_grad))
+    return Before(merged(before.training, other.training), merged(before.requires_grad, other.requires_grad))

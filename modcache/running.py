@@ -121,13 +121,13 @@ def run_rows(job: Job, places: list[int], width: int) -> Run:
     except Exception as error:
         if whole:
             raise
-        _only_whole_batches(job, error, "prepare", None)
+        _only_whole_batches(job, error, None)
     try:
         output = ready() if whole else apart(ready)
     except Exception as error:
         if whole or is_out_of_memory(error):
             raise
-        _only_whole_batches(job, error, "forward", ready)
+        _only_whole_batches(job, error, ready)
     if before != _versions(taken) or is_changed(contents):
         job.memo.block(job.form, "writes into its input")
         raise Bypass(
@@ -147,14 +147,20 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error)
 
 
-def _only_whole_batches(job: Job, error: Exception, culprit: str, ready: Callable[[], object] | None) -> NoReturn:
+def _only_whole_batches(job: Job, error: Exception, ready: Callable[[], object] | None) -> NoReturn:
     """Something failed on a part of the batch: does it on the whole? Then it is no matter of rows.
 
     What fails once (a file, a service, a time that is up) says nothing; a forward is judged when it fails again.
+
+    Args:
+        job: the call.
+        error: what was raised.
+        ready: runs the forward on the part once more; ``None`` where ``prepare`` failed.
     """
     arguments = job.arguments
     output = run_uncached(job.memo.options, job.host.run, arguments.args, arguments.kwargs)
     reason = "fails on some of its rows"
+    culprit = "prepare" if ready is None else "forward"
     what = f"its {culprit} raised {type(error).__name__} on some of its rows ({error}), but not on the whole batch"
     if ready is None or _runs_now(job, ready):
         raise Bypass(reason, f"{what}; that call ran uncached.", output) from None

@@ -87,8 +87,7 @@ class Watch:
     def _inside(self, module: nn.Module) -> None:
         """The dicts that torch keeps in every module: a full one is fetched anew and compared with a copy."""
         self._own_copies = tuple([dict(inner) for inner in _inside(vars(module))])
-        self._own_ordered = is_ordered(module)
-        self._own_order = _names_in([vars(module)])
+        self._own_order = _names_in([vars(module)]) if is_ordered(module) else None
         self._full: list[tuple[Callable[[Any], Any], list[dict[str, Any]], list[dict[Any, Any]]]] = []
         self._empty: list[dict[Any, Any]] = []
         singles: list[tuple[dict[str, Any], str, torch.Tensor]] = []
@@ -141,7 +140,7 @@ class Watch:
             type(module) is self._root_type
             and len(own) == self._own_length
             and _inside(own) == self._own_copies
-            and (not self._own_ordered or _names_in([own]) == self._own_order)
+            and (self._own_order is None or _names_in([own]) == self._own_order)
             and all(map(_is, self._own(own), self._own_values))
             and self._global_hooks == self._global_copies
             and list(map(_forward, self._classes)) == self._forwards

@@ -137,7 +137,10 @@ class Reading:
         while segment.waiting and segment.waiting[0][0] < segment.committed:
             segment.waiting.pop(0)
         # By the thread that writes: at once where nothing else is to be written, else when it pays.
-        self._said.settle(*([] if segment.waiting else [0]))
+        if segment.waiting:
+            self._said.settle()
+        else:
+            self._said.settle(least=0)
 
     def left_of(self, segment: Segment, first: int, joined: bytes) -> Places:
         """Which of some rows that wait for a segment still count, by their place among them."""
