@@ -23,6 +23,7 @@ from modcache import (
     recycle,
     uncached,
 )
+from modcache.stores.disk.upkeep import listing
 
 
 class Small(nn.Module):
@@ -70,8 +71,40 @@ def test_the_cut_tells_its_facts(model):
     assert cut.row_bytes == 16
     assert "bystanders: tower" in str(cut)
     assert repr(cache_of(model)).startswith("Cache(Small from mid")
-    assert cache_of(model).manifest["cut"] == "mid"
     assert cache_of(modcache.cached_module(nn.Linear(2, 2), freeze=True)).cut is None
+
+
+def test_a_manifest_names_the_model_and_its_cut(model, tmp_path):
+    """What lies in a directory tells of which model it is the trunk, and where that was cut."""
+    recycle(model, at="mid", batch=(BATCH,), store=str(tmp_path))
+    model(BATCH)
+    recycle(model, at="low", batch=(BATCH,))
+    model(BATCH)
+    manifest = cache_of(model).manifest
+    cache_of(model).close()
+    assert (manifest["class"].rpartition(".")[2], manifest["cut"]) == ("Small", "low")
+    found = {facts.manifest["cut"]: facts for facts in listing(tmp_path).namespaces}
+    assert {facts.cls for facts in found.values()} == {manifest["class"]}
+    assert "cut low -> mid" in found["mid"].differs
+    assert "cut mid -> low" in found["low"].differs
+
+
+class Again(nn.Module):
+    """A layer that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.again = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.again(self.again(self.stem(x)).relu())
+
+
+def test_a_manifest_tells_a_later_call_of_the_cut():
+    """Where a submodule is called several times, the number of the call stands beside its name."""
+    model = Again()
+    recycle(model, at="again", call=1, batch=(BATCH,))
+    assert (cache_of(model).manifest["cut"], cache_of(model).manifest["call"]) == ("again", 1)
 
 
 def test_the_handle_takes_the_arguments_of_the_model(model):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from ..errors import CutError, UsageTypeError
-from ..recycling.classes import is_never_called
+from ..recycling.submodules import is_never_called, nearest_names
 
 __all__ = ["blocks_of", "named_candidates"]
 
@@ -86,11 +85,9 @@ def named_candidates(model: nn.Module, candidates: Iterable[str]) -> tuple[str, 
         if not isinstance(name, str):
             raise UsageTypeError(f"candidates must be names of submodules; found {name!r} among them")
         if name not in modules or not name:
-            near = difflib.get_close_matches(name, [known for known in modules if known], 3, 0.3)
-            hint = f"; the nearest names are {', '.join(near)}" if near else ""
             raise CutError(
-                f"advise(...) was asked about {name!r}, but {type(model).__name__} has no such submodule{hint}. "
-                "Give names as in named_modules()."
+                f"advise(...) was asked about {name!r}, but {type(model).__name__} has no such submodule"
+                f"{nearest_names(model, name)}. Give names as in named_modules()."
             )
         if is_never_called(modules[name]):
             raise CutError(

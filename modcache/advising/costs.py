@@ -80,7 +80,8 @@ class AdvisedCut:
         ratio: a step as it is ÷ such a step.
         disk_ratio: the same if each row came from the disk; ``None`` without a directory.
         filling_seconds: a step of the first epoch.
-        break_even: in which epoch the time is made good that filling takes; ``None`` if never.
+        break_even: in which epoch the time is made good that filling takes; ``None`` if in none of those asked about,
+            and where the ratio is below 1.05, which may be noise.
         total_seconds: all epochs, the filling one included.
         frozen: names of parameters that the head uses, too, and that would be frozen with the trunk (tied ones).
     """

@@ -13,10 +13,11 @@ from ..attached import Attached
 from ..classes import ATTACHED, original_class
 from ..errors import CutError, UsageError, UsageTypeError
 from ..requested import requested_of
-from .classes import is_never_called, recycled_class
+from .classes import recycled_class
 from .distributed import reducer_around
 from .plan import Asking
 from .recycled import Recycled
+from .submodules import is_never_called, nearest_names
 
 __all__ = ["arguments_of", "check_model", "recycle"]
 
@@ -160,9 +161,7 @@ def check_model(model: nn.Module, at: str, moved: Recycled | None) -> None:
         raise CutError(f"{name} {what}. Recycle the model inside of it, before it is wrapped.")
     modules = dict(model.named_modules(remove_duplicate=False))
     if at not in modules or at == "":
-        near = difflib.get_close_matches(at, [known for known in modules if known], 3, 0.3)
-        hint = f"; the nearest names are {', '.join(near)}" if near else ""
-        found = f"{name} has no submodule {at!r}{hint}" if at else f"{name} cannot be cut at itself"
+        found = f"{name} has no submodule {at!r}{nearest_names(model, at)}" if at else f"{name} cannot be cut at itself"
         raise CutError(f"{found}. Give the name of a submodule, as in named_modules().")
     cut = modules[at]
     if is_never_called(cut):

@@ -56,7 +56,7 @@ class RecycledCache(Cache):
     @property
     def manifest(self) -> dict[str, Any]:
         """The readable description of the namespace."""
-        return {**self._latest().manifest, "cut": self._recycled.asking.at}
+        return self._latest().manifest
 
     def contains(self, *args: Any, **kwargs: Any) -> list[bool]:
         """Whether each row of a call is stored; the model is not run."""

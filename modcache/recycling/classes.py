@@ -12,7 +12,7 @@ from torch import nn
 
 from ..classes import ATTACHED, Made, made_once, noticed_apply, reduced_by
 
-__all__ = ["is_never_called", "recycled_class"]
+__all__ = ["recycled_class"]
 
 _made: Made = weakref.WeakKeyDictionary()
 
@@ -29,13 +29,6 @@ def recycled_class(cls: type[nn.Module]) -> type[nn.Module]:
         }
 
     return made_once(_made, cls, body)
-
-
-def is_never_called(module: nn.Module) -> bool:
-    """Whether a module only holds others, as a plain list or mapping of modules does: it has no forward."""
-    if isinstance(module, torch.jit.ScriptModule):  # of which asking for the class's forward fails
-        return False
-    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 
 def _forward(cls: type[nn.Module]) -> Callable[..., Any]:

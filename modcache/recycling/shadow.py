@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ..classes import original_class
-from .classes import is_never_called
 from .gates import Place, gate_class
 from .ghosts import Ghost, settled
+from .submodules import is_never_called
 from .trees import mapped
 
 __all__ = ["ABSENT", "Shadow", "Written", "eval_twin"]

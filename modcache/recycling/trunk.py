@@ -16,9 +16,10 @@ from ..attached import Attached
 from ..classes import original_class
 from ..errors import CutError
 from ..findings import Findings
-from ..fingerprint import UNDETERMINED, Standing
+from ..fingerprint import UNDETERMINED, Fingerprint, Standing
 from ..manifests import TokenDims
 from ..memo import Bypass, Memo, Options
+from ..naming import Context
 from ..recipe import Form
 from ..requested import Requested
 from ..stores import Store
@@ -287,6 +288,13 @@ class TrunkAttached(Attached):
 
     def _bind(self, original: type[nn.Module]) -> Any:
         return _by_keyword
+
+    def _facts(self, module: nn.Module, name: str, known: Fingerprint, around: Context) -> dict[str, Any]:
+        """What a manifest tells of a namespace: whose trunk it is, for all trunks are of one class."""
+        assert isinstance(module, Trunk), f"{type(module).__name__} is no trunk"
+        cls = type(module.model)
+        where = {"class": f"{cls.__module__}.{cls.__qualname__}", "cut": module.at}
+        return super()._facts(module, name, known, around) | where | ({"call": module.call} if module.call else {})
 
 
 def _by_keyword(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
