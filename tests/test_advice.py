@@ -662,6 +662,16 @@ def test_best_is_the_highest_ratio_that_pays():
     assert "takes more than 2 epochs" in only.reason
 
 
+def test_a_gain_that_may_be_noise_is_no_advice():
+    """Less than a twentieth is named as what it is, whether or not the number of epochs is known."""
+    for size in (Size(8), Size(8, rows=8, epochs=100)):
+        small = advised(1.0, size, forward=0.96)
+        assert (small.ratio > 1.0, small.break_even) == (True, None)
+        assert report(small, size=size).reason == (
+            "none: at block, which is the fastest, a step takes 960 ms instead of 1 s, which may be noise"
+        )
+
+
 def test_a_trunk_that_is_cheaper_than_its_rows_is_no_advice():
     """When reading takes longer than computing, no cut is named, and the reason has the numbers."""
     found = report(advised(forward=0.75, reading=0.5), advised(forward=0.5, reading=0.75, fixed=0.05))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..stats import bytes_text
-from .costs import AdvisedCut, Size
+from .costs import NOISE, AdvisedCut, Size
 
 __all__ = ["Advice"]
 
@@ -54,7 +54,12 @@ class Advice:
             return "none: the model can be cut at no candidate" if self.refused else "none: there is no candidate"
         nearest = max(self.cuts, key=lambda cut: cut.ratio)
         if nearest.ratio > 1.0:
-            return f"none: at {nearest}, which is the fastest, it takes more than {self.size.epochs} epochs to pay"
+            if nearest.ratio > NOISE and self.size.epochs is not None:
+                why = f"it takes more than {self.size.epochs} epochs to pay"
+            else:
+                took = f"{_seconds(nearest.seconds)} instead of {_seconds(self.step_seconds)}"
+                why = f"a step takes {took}, which may be noise"
+            return f"none: at {nearest}, which is the fastest, {why}"
         spent = _seconds(nearest.reading_seconds + nearest.fixed_seconds)
         saved = _seconds(max(self.step_seconds - nearest.head_seconds, 0.0))
         at = f"at {nearest} {spent} would be spent to save {saved}"

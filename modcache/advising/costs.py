@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["AdvisedCut", "Costs", "Size", "advised_cut", "break_even"]
+__all__ = ["NOISE", "AdvisedCut", "Costs", "Size", "advised_cut", "break_even"]
 
 
-_NOISE = 1.05  # a ratio below it may be the machine's mood
+NOISE = 1.05
+"""A ratio below it may be the machine's mood."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ def advised_cut(
     # Filling writes behind the loop; it is counted in full, because the loop may have no core to spare.
     filling = costs.trunk + head + costs.fixed + costs.reading + writing
     pays_after = break_even(step, filling, seconds)
-    if step < seconds * _NOISE or (pays_after and size.epochs is not None and pays_after > size.epochs):
+    if step < seconds * NOISE or (pays_after and size.epochs is not None and pays_after > size.epochs):
         pays_after = None
     total = None
     if size.steps is not None and size.epochs is not None:
