@@ -320,8 +320,14 @@ class Attached:
 
 
 def _own_failure(error: Exception) -> Bypass:
-    """A defect of this package, which must not end somebody's loop: the call is run as if uncached."""
+    """Something of this package failed, which must not end somebody's loop: the call is run as if uncached."""
     log.exception("modcache failed in a call, which runs uncached")
+    if isinstance(error, OSError | MemoryError | torch.OutOfMemoryError):
+        return Bypass(
+            "the system refused something",
+            f"the system refused something that a cached call needs ({type(error).__name__}: {error}). Such calls run "
+            "uncached.",
+        )
     return Bypass(
         "modcache failed",
         f"it failed in a call with {type(error).__name__}: {error}. Such calls run uncached. That is a defect of "

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from .arguments import Arguments
 from .ask import batch_of, home_of, keyed_of, refuse_blocked, refuse_grad, row_count
+from .batch import Batch
 from .compute import Computed, compute
 from .confirm import confirm, verify
 from .errors import CacheMissError
 from .hit import Missed, Site
-from .keys.keyed import Given
+from .keys.keyed import Given, Keyed
 from .keys.padding import pad_rows
 from .keys.parts import shared_digests
 from .memo import Bypass, Memo
@@ -28,6 +30,7 @@ from .running import Host, Job, Part, run_uncached
 from .sameness import differences
 from .selfcheck import self_check_failed
 from .stores import Found
+from .theirs import note
 
 __all__ = ["bypass", "call"]
 
@@ -81,7 +84,7 @@ def call(
             job = Job(memo, site, host, arguments, batch, keyed, recipe.form, recipe.home)
             keyed_at = began
         else:
-            keyed = keyed_of(memo, batch, arguments, given)
+            keyed = _keyed(memo, batch, arguments, given)
             job = Job(memo, site, host, arguments, batch, keyed, form_of(batch, keyed), home_of(site, batch))
             _remember(memo, missed.outline, -1 if given is None else given.number, job)
             keyed_at = perf_counter()
@@ -90,6 +93,14 @@ def call(
         return _cached(job, found, began, keyed_at)
     except Bypass as reason:
         return bypass(memo, host.run, args, kwargs, reason, None if batch is None else batch.size)
+
+
+def _keyed(memo: Memo, batch: Batch, arguments: Arguments, given: Given | None) -> Keyed:
+    try:
+        return keyed_of(memo, batch, arguments, given)
+    except OSError as error:  # a file of theirs that cannot be read
+        note(error)
+        raise
 
 
 def _remember(memo: Memo, outline: Outline | None, number: int, job: Job) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -63,6 +64,7 @@ def _made_with() -> dict[str, str]:
     return found | {name: said for name, said in loaded.items() if isinstance(said, str)}
 
 
+@functools.cache  # it is read from a file
 def _own_version() -> str:
     try:
         return version("modcache")

@@ -6,14 +6,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from .errors import ModcacheError
 
-__all__ = ["is_meant", "noting"]
+__all__ = ["is_meant", "note", "noting"]
 
-_MEANT = (ModcacheError, Warning, OSError, MemoryError, torch.OutOfMemoryError)
-"""What this package raises on purpose, or what says nothing of it: misuse, warnings made errors, files, memory."""
+_MEANT = (ModcacheError, Warning)
+"""What this package raises on purpose: misuse, and warnings that are made errors."""
 
 
 class _Latest(threading.local):
@@ -30,10 +28,15 @@ def noting(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            _latest.error = error
+            note(error)
             raise
 
     return noted
+
+
+def note(error: Exception) -> None:
+    """This error is the user's: it comes of their code, or of a file of theirs."""
+    _latest.error = error
 
 
 def is_meant(error: Exception) -> bool:

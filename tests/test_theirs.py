@@ -1,6 +1,7 @@
 """A defect of this package does not end a loop; an error of the user's own code reaches the user as it is."""
 
 import gc
+import re
 import traceback
 import weakref
 
@@ -49,6 +50,35 @@ def test_a_defect_of_ours_is_a_warning(where, monkeypatch, caplog):
     assert len(caught) == 1
     assert cache_of(module).stats.reasons == {"modcache failed": 8}
     assert "ZeroDivisionError" in caplog.text
+
+
+REFUSED = [OSError(24, "Too many open files"), MemoryError("no room"), torch.OutOfMemoryError("no room")]
+
+
+@pytest.mark.parametrize("error", REFUSED, ids=repr)
+@pytest.mark.parametrize("where", ["modcache.attached.context_facts", "modcache.call.batch_of"])
+def test_what_the_system_refuses_us_is_a_warning(where, error, monkeypatch):
+    """What a call takes beside its forward may be refused: the forward runs, and nobody is told of a defect."""
+    module = cached_module(frozen(nn.Linear(3, 3)))
+    expected = nn.functional.linear(X, module.weight, module.bias)
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(where, refuse)
+    with pytest.warns(CacheWarning, match=f"system refused.*{re.escape(str(error))}") as caught:
+        assert torch.equal(module(X), expected)
+    assert torch.equal(module(X), expected)
+    assert len(caught) == 1
+    assert cache_of(module).stats.reasons == {"the system refused something": 8}
+
+
+def test_a_file_that_cannot_be_read_reaches_the_user(tmp_path):
+    """It is their file, so they see what opening it raises."""
+    module = cached_module(frozen(Failing(None)), key="path", prepare=lambda paths: torch.ones(len(paths), 3))
+    for path, error in ((tmp_path / "absent", FileNotFoundError), (tmp_path, IsADirectoryError)):
+        with pytest.raises(error, match=str(path)):
+            module([str(path)])
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyError("mine"), RuntimeError("mine"), StopIteration()])
