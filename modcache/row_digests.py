@@ -9,7 +9,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import torch
 
@@ -119,6 +119,13 @@ class _Pool:
                 self._made = os.getpid(), ThreadPoolExecutor(4, thread_name_prefix="modcache-digest")
             return self._made[1]
 
+    def end(self) -> None:
+        """Cancels what waits for a thread, and waits for what has one."""
+        with self._lock:
+            made, self._made = self._made, None
+        if made is not None and made[0] == os.getpid():
+            made[1].shutdown(wait=True, cancel_futures=True)
+
 
 _pool = _Pool()
 
@@ -132,8 +139,14 @@ def _threaded_row_digests(memory: memoryview, count: int, width: int, seed: int,
 
     edges = [count * part_number // threads for part_number in range(threads + 1)]
     spans = list(itertools.pairwise(edges))
-    others = [_pool.get().submit(part, span) for span in spans[1:]]
-    found = part(spans[0])
-    for other in others:
-        found += other.result()
+    try:
+        others = [_pool.get().submit(part, span) for span in spans[1:]]
+        found = part(spans[0])
+        for other in others:
+            found += other.result()
+    except BaseException as error:
+        _pool.end()  # nobody may read this memory once its owner has it back
+        if isinstance(error, RuntimeError | CancelledError):  # no thread can be started, or another call ended the pool
+            return part((0, count))
+        raise
     return found

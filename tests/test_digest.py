@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import uuid
 import warnings
 from collections import OrderedDict
@@ -494,6 +495,43 @@ def test_number_of_threads(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert module.processors() == 1
+
+
+def test_rows_are_digested_where_no_thread_can_be_started(monkeypatch):
+    """At a limit of the system, and while the interpreter ends, one thread does it all."""
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    pool = module._Pool()
+    monkeypatch.setattr(module, "_pool", pool)
+    content = bytes(range(200))
+    expected = [digest(content[start : start + 20], 7) for start in range(0, 200, 20)]
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", refuse)
+        assert module._threaded_row_digests(memoryview(content), 10, 20, 7, 2) == expected
+    assert module._threaded_row_digests(memoryview(content), 10, 20, 7, 2) == expected
+    pool.end()
+
+
+def test_an_interrupted_digest_leaves_no_reader_behind(monkeypatch):
+    """The memory of an input may be freed once the call is over: by then no thread reads it any more."""
+    caller, reading, read = threading.get_ident(), threading.Event(), []
+
+    def interrupted(memory, seed):
+        if threading.get_ident() == caller:
+            reading.wait(10)
+            raise KeyboardInterrupt
+        reading.set()
+        time.sleep(0.2)
+        read.append(len(memory))
+        return b""
+
+    monkeypatch.setattr(module, "_pool", module._Pool())
+    monkeypatch.setattr(module, "digest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module._threaded_row_digests(memoryview(bytes(40)), 2, 20, 7, 2)
+    assert read == [20]
 
 
 def test_the_pool_is_made_anew_in_a_child(monkeypatch):
