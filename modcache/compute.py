@@ -105,7 +105,10 @@ def _remedy(error: str) -> str:
         return "If that is not trained, call requires_grad_(False) on it, or the module under torch.no_grad()."
     if "past_key_values" in error:
         return "Call it with use_cache=False, which leaves that out."
-    return "Cache a submodule whose output has one row per input, or give per_row=False if it has no batch dimension."
+    return (
+        "Cache a submodule, or a module of your own around it, whose output has one row per input, or give "
+        "per_row=False if it has no batch dimension."
+    )
 
 
 def _weights_moved(job: Job, run: Run, name: str) -> NoReturn:

@@ -203,7 +203,8 @@ def self_check_failed(job: Job, what: str, *output: object) -> Bypass:
     hint = (
         'its padding matters, so do not use key="tokens"'
         if job.keyed.tokens is not None
-        else "if it is random, make it deterministic; if an argument is the same for all rows, name it in broadcast="
+        else "if it is random, make it deterministic; if an argument is the same for all rows, name it in broadcast=; "
+        "if the batch is not its first dimension, set batch_first=True where it has that, or give per_row=False"
     )
     return Bypass(
         reason,

@@ -308,6 +308,7 @@ def _need_cached(module: object, verb: str) -> None:
         raise UsageTypeError(f"{verb}(...) takes a cached module; found {module!r}")
     if not is_cached(module):  # type: ignore[arg-type]
         name = module.__name__ if isinstance(module, type) else type(module).__name__
-        raise NotCachedError(
-            f"{verb}(...) takes a cached module, but this {name} is not cached; see cached_module(...)"
-        )
+        parts = () if isinstance(module, type) else module.named_modules()  # type: ignore[attr-defined]
+        inside = [path for path, part in parts if is_cached(part)]
+        instead = f"inside of it these are: {', '.join(inside[:3])}" if inside else "see cached_module(...)"
+        raise NotCachedError(f"{verb}(...) takes a cached module, but this {name} is not cached; {instead}")

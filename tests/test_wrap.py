@@ -12,6 +12,7 @@ from torch import nn
 from modcache import (
     CacheWarning,
     MemoryStore,
+    NotCachedError,
     UsageError,
     UsageTypeError,
     cache_of,
@@ -300,6 +301,23 @@ def test_misspelt_names_and_things_that_are_no_instances_are_refused():
         cached_module(Encoder, version="2")
     with pytest.raises(UsageTypeError, match="takes an instance"):
         cache_of(Encoder)
+
+
+@pytest.mark.parametrize("verb", [cache_of, uncached])
+def test_asked_of_the_model_around_it_the_cached_modules_inside_are_named(verb):
+    """Who means a part of a model and names the whole is told which parts are cached."""
+    model = nn.Sequential(nn.Sequential(cached_module(nn.Linear(3, 2), freeze=True)), nn.ReLU())
+    with pytest.raises(NotCachedError, match=r"this Sequential is not cached; inside of it these are: 0\.0$"):
+        verb(model)
+    with pytest.raises(NotCachedError, match=r"this ReLU is not cached; see cached_module"):
+        verb(model[1])
+
+
+def test_a_module_that_takes_time_before_batch_is_told_how_to_give_rows():
+    """The self-check finds that its rows are no samples, and the warning names the two ways out."""
+    module = cached_module(nn.MultiheadAttention(4, 2), freeze=True)
+    with pytest.warns(CacheWarning, match=r"batch is not its first dimension, set batch_first=True.*per_row=False"):
+        module(*[torch.randn(5, 5, 4)] * 3, need_weights=False)
 
 
 def test_many_outlines_are_not_all_remembered(monkeypatch):
