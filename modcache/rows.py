@@ -106,7 +106,8 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     count = tensor.shape[0]
     if tensor.numel() == 0:
         return np.empty((count, 0), np.uint8)
-    return tensor.contiguous().view(count, -1).view(torch.uint8).numpy()
+    # By way of one more dimension: the last stride of a contiguous tensor is any number where its size is 1.
+    return tensor.contiguous().unsqueeze(-1).view(torch.uint8).view(count, -1).numpy()
 
 
 def tensor_of(matrix: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

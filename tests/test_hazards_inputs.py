@@ -226,6 +226,14 @@ def test_conj_and_neg_views():
     assert torch.equal(real(x.conj().imag), -x.imag)
 
 
+def test_one_row_of_one_value_with_a_stride():
+    """One row whose only value is cut out of others is cached beside another argument."""
+    cached, plain = pair(Apply(lambda x, y: x + y))
+    x = torch.randn(4, 2, dtype=torch.complex64).conj().imag
+    agree(cached, plain, x[:1, :1], torch.ones(1))
+    assert bypassed(cached) == 0
+
+
 def test_bit_differences_count():
     """-0.0 and 0.0 differ, a NaN equals itself, the smallest step is another row."""
     cached, plain = pair(Apply(lambda x: torch.signbit(x).float() + x.nan_to_num()))

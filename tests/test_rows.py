@@ -389,6 +389,13 @@ def test_bytes_there_and_back(dtype, shape):
     assert not back.requires_grad
 
 
+@pytest.mark.parametrize("tensor", [torch.ones(4, 2)[:1, ::2], torch.ones(4, 3, 2)[:1, :1, 0]], ids=["row", "part"])
+def test_bytes_of_one_value_with_a_stride(tensor):
+    """A tensor of one value is contiguous whatever its strides are."""
+    assert tensor.stride(-1) > 1
+    assert torch.equal(tensor_of(bytes_of(tensor), tensor.dtype, tuple(tensor.shape[1:])), tensor)
+
+
 def test_bytes_of_strided_and_no_rows():
     """Rows that do not lie behind each other, and no rows at all, have byte matrices, too."""
     tensor = torch.arange(6.0).reshape(2, 3).t()
