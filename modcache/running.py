@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
@@ -126,6 +126,7 @@ def run_rows(job: Job, places: list[int], width: int) -> Run:
         output = ready() if whole else apart(ready)
     except Exception as error:
         if whole or is_out_of_memory(error):
+            _settle(job)
             raise
         _only_whole_batches(job, error, ready)
     if before != _versions(taken) or is_changed(contents):
@@ -158,7 +159,11 @@ def _only_whole_batches(job: Job, error: Exception, ready: Callable[[], object] 
         ready: runs the forward on the part once more; ``None`` where ``prepare`` failed.
     """
     arguments = job.arguments
-    output = run_uncached(job.memo.options, job.host.run, arguments.args, arguments.kwargs)
+    try:
+        output = run_uncached(job.memo.options, job.host.run, arguments.args, arguments.kwargs)
+    except Exception:
+        _settle(job)
+        raise
     reason = "fails on some of its rows"
     culprit = "prepare" if ready is None else "forward"
     what = f"its {culprit} raised {type(error).__name__} on some of its rows ({error}), but not on the whole batch"
@@ -170,6 +175,12 @@ def _only_whole_batches(job: Job, error: Exception, ready: Callable[[], object] 
         f"{what}; it runs uncached from now on. If an argument is the same for all rows, name it in broadcast=.",
         output,
     ) from None
+
+
+def _settle(job: Job) -> None:
+    """What a forward that failed noted on itself up to there is no other state of the module."""
+    with suppress(Exception):  # the user is to hear of the other one
+        job.host.settle()
 
 
 def _runs_now(job: Job, ready: Callable[[], object]) -> bool:

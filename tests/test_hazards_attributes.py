@@ -281,6 +281,30 @@ def test_what_a_forward_puts_in_the_place_of_another_is_bookkeeping():
     assert hits(module) == 3 * len(X)
 
 
+@pytest.mark.parametrize("wrong", [torch.ones(4, 7), torch.arange(28.0).reshape(4, 7)], ids=["twins", "distinct"])
+def test_what_a_forward_that_fails_notes_is_bookkeeping(wrong):
+    """A counter that moved in a call that raised is no other state of the module: its rows stay when it is rechecked."""
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.calls = nn.Linear(3, 2), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.layer(x)
+
+    module = cached_module(frozen(Counts()))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        module(wrong)
+    before = cache_of(module).namespace
+    module(X)
+    assert not cache_of(module).recheck()
+    module(X)
+    assert (computed(module), hits(module)) == (len(X), len(X))
+    assert cache_of(module).namespace == before
+
+
 def test_slots_that_a_forward_writes_are_bookkeeping():
     """A counter in a slot is like one in an attribute."""
 
