@@ -283,7 +283,7 @@ def test_what_a_forward_puts_in_the_place_of_another_is_bookkeeping():
 
 @pytest.mark.parametrize("wrong", [torch.ones(4, 7), torch.arange(28.0).reshape(4, 7)], ids=["twins", "distinct"])
 def test_what_a_forward_that_fails_notes_is_bookkeeping(wrong):
-    """A counter that moved in a call that raised is no other state of the module: its rows stay when it is rechecked."""
+    """A counter that moved in a call that raised is no other state: rows stay when the module is rechecked."""
 
     class Counts(nn.Module):
         def __init__(self):
