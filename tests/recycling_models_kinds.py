@@ -63,6 +63,48 @@ class DirectParameters(Parts):
         return self.above(self.mid(h) + self.both) * self.scale
 
 
+class Stage(nn.Module):
+    """A layer and a dropout, which may belong to others as well."""
+
+    def __init__(self, drop: nn.Module) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.drop = drop
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(torch.tanh(self.layer(x)))
+
+
+@hazard(at="stages.1", name="OneDropoutForAllStages")
+@hazard(at="stages.2.layer", name="OneDropoutForAllStagesInside")
+class OneDropout(nn.Module):
+    """All stages hold the same dropout, which is to go on dropping in those above the cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        drop = nn.Dropout(0.3)
+        self.stem = Block()
+        self.stages = nn.ModuleList(Stage(drop) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+@hazard(at="stages.1", name="PartOfAStageUsedAgain")
+class PartUsedAgain(OneDropout):
+    """What is made of the input by a part of the first stage is asked for again after the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(Stage(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3))) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.stages[0].drop(x)
+
+
 @hazard(batch=sequences)
 class ClassToken(Parts):
     """A token of the model's own is put before each row, and read at the end."""

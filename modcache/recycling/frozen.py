@@ -95,10 +95,11 @@ def _modules(model: nn.Module, plans: Iterable[Plan]) -> list[tuple[str, nn.Modu
     """The modules that only feed the cut, each once."""
     found: dict[int, tuple[str, nn.Module]] = {}
     names = dict(model.named_modules(remove_duplicate=False))
-    for path in {path for plan in plans for path in plan.trunk if path not in plan.twins}:
+    for path, both in {(path, plan.both) for plan in plans for path in plan.trunk}:
         if path in names:
             for name, module in names[path].named_modules(prefix=path):
-                found.setdefault(id(module), (name, module))
+                if name not in both:
+                    found.setdefault(id(module), (name, module))
     return list(found.values())
 
 

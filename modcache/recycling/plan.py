@@ -74,7 +74,8 @@ class Plan:
         stored: the tensors of a record.
         slopes: how shapes grow with the rows, for each tensor that a stub returns.
         trunk: names of the modules before the cut that feed it.
-        twins: those of them that are used after the cut as well.
+        both: those of them, and of the modules inside of these, that are used after the cut as well.
+        twins: modules of the trunk that are such, or hold one.
         direct: parameters and buffers of the ancestors that feed it.
         frozen: all parameters that feed it.
         floor: the tolerance of the least precise arithmetic in it.
@@ -91,6 +92,7 @@ class Plan:
     stored: tuple[Stored, ...]
     slopes: Mapping[Called, tuple[tuple[Slope, ...], ...]]
     trunk: tuple[str, ...]
+    both: frozenset[str]
     twins: frozenset[str]
     direct: tuple[str, ...]
     frozen: tuple[str, ...]
@@ -100,7 +102,7 @@ class Plan:
     @cached_property
     def skipped(self) -> frozenset[str]:
         """Modules that only run before the cut."""
-        return frozenset(path for path, _ in self.stubs if path not in self.twins)
+        return frozenset(path for path, _ in self.stubs if path not in self.both)
 
     @cached_property
     def wanted(self) -> frozenset[str]:

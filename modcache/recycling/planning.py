@@ -62,6 +62,7 @@ def plan_of(model: nn.Module, found: Evidence) -> Plan:
     feeding = {(mark.name, mark.number) for mark in found.marks if mark.kind == "module"}
     stubs = frozenset(called for called in full.templates if called in feeding)
     trunk = tuple(sorted({path for path, _ in feeding}))
+    both = _on_both_sides(model, trunk, (found.asking.at, *found.after))
     values = {source: value_in(found.captures[0], source) for source in found.stored}
     _refuse_shared(found, {source: value for source, value in values.items() if axes[source] is None})
     return Plan(
@@ -75,12 +76,26 @@ def plan_of(model: nn.Module, found: Evidence) -> Plan:
         stored=tuple(_stored(source, axes[source], value) for source, value in values.items()),
         slopes={called: _slopes(called, found) for called in stubs},
         trunk=trunk,
-        twins=frozenset(trunk) & frozenset(found.after),
+        both=frozenset(name for _, name in both),
+        twins=frozenset(path for path, _ in both),
         direct=_direct(model, found.marks, feeding),
         frozen=_frozen(model, found, stubs),
         floor=found.floor,
         fires=found.fires,
     )
+
+
+def _on_both_sides(model: nn.Module, trunk: Sequence[str], above: Sequence[str]) -> list[tuple[str, str]]:
+    """The modules of the trunk, and those inside of them, that are used from the cut on as well: by which, and name."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    used = {id(module) for path in above if path in modules for module in modules[path].modules()}
+    return [
+        (path, name)
+        for path in trunk
+        if path in modules
+        for name, module in modules[path].named_modules(prefix=path)
+        if id(module) in used
+    ]
 
 
 def _frozen(model: nn.Module, found: Evidence, stubs: Collection[Called]) -> tuple[str, ...]:
