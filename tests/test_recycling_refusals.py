@@ -119,9 +119,27 @@ def test_something_for_all_rows_that_is_made_of_them():
         recycle(model, at="mid", extra=True, batch=X + 1)
 
 
-def test_a_count_of_calls_may_stay_behind():
-    """A number that grows by the same with each run says nothing of the batch, so it refuses no cut."""
-    model = frozen(Model(low=Notes(lambda before, x: before + 1)))
+OF_THE_BATCH = {
+    "the number of rows": lambda before, x: len(x),
+    "a count of rows": lambda before, x: before + len(x),
+    "a sum": lambda before, x: float(x.sum()),
+    "a shape": lambda before, x: x.shape,
+    "a text": lambda before, x: f"{len(x)} rows",
+    "a flag": lambda before, x: len(x) > 3,
+}
+
+
+@pytest.mark.parametrize("note", OF_THE_BATCH.values(), ids=OF_THE_BATCH)
+def test_a_plain_value_of_the_batch_may_not_stay_behind(note):
+    """Whoever reads it after a resumed call, outside of the model too, would find that of another batch."""
+    with pytest.raises(CutError, match=r"low, .* keeps a value of the batch in its attribute noted"):
+        recycle(frozen(Model(low=Notes(note))), at="mid", batch=(X,))
+
+
+@pytest.mark.parametrize("note", [lambda before, x: before + 1, lambda before, x: x.shape[1]], ids=["calls", "width"])
+def test_a_plain_value_that_says_nothing_of_the_batch_may_stay_behind(note):
+    """A number that grows by the same with each run, or is the same in each, refuses no cut."""
+    model = frozen(Model(low=Notes(note)))
     recycle(model, at="mid")
     assert torch.equal(model(X), model(X))
     assert cache_of(model).stats.hits == len(X)
