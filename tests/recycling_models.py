@@ -251,6 +251,25 @@ class CutTensorInOutput(Parts):
         return {"out": self.above(self.mid(h)), "h": h, "again": (h, [h])}
 
 
+@hazard()
+class OpaqueOutputOfAbove(Parts):
+    """What the head makes is given back in objects that no tree looks into, as a key-value cache is."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        z = self.mid(self.below(x))
+        return {"out": self.above(z), "cache": Opaque(layers=[Opaque(keys=z, size=1)], first=None)}
+
+
+@hazard("refused")
+class OpaqueOutputOfBoth(Parts):
+    """What is made before the cut lies deep in an object that is given back."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        a = self.first(x)
+        z = self.mid(self.low(self.drop(a)))
+        return {"out": self.above(z), "cache": Opaque(layers=[Opaque(keys=z), Opaque(keys=a)])}
+
+
 @hazard("either")
 class OpaqueOutputOfTheCut(Parts):
     """What enters the cut is given back in an object that no tree looks into."""

@@ -31,6 +31,29 @@ def test_each_row_agrees_by_itself():
     assert not rows_agree(torch.tensor([1]), torch.tensor([2]))
 
 
+class Kept:
+    """An object with whatever it is given as attributes."""
+
+    def __init__(self, **values):
+        vars(self).update(values)
+
+
+def test_objects_are_compared_by_what_they_hold():
+    """Objects of one class whose attributes are the same are the same; what has none to be seen is not."""
+    ones = torch.ones(2, 3)
+
+    def kept(keys=ones, size=2, of=Kept, also=None):
+        return {"out": ones, "cache": Kept(layers=[of(keys=keys, size=size)], kind=torch.nn.Linear, also=also)}
+
+    assert difference(kept(), kept(ones + 1e-6), 0.0) is None
+    assert difference(kept(), kept(ones * 2), 0.0) == "['cache']['layers'][0]['keys']: other values"
+    assert difference(kept(), kept(size=3), 0.0) == "another structure"
+    assert difference(kept(), kept(of=type("Other", (Kept,), {})), 0.0) == "another structure"
+    assert difference(kept(also=(Kept(a=1),)), kept(also=[Kept(a=1)]), 0.0) == "another structure"
+    assert difference(kept(also=object()), kept(also=object()), 0.0) == "another structure"
+    assert difference(kept(also=[Kept()]), kept(also=[Kept()]), 0.0) == "another structure"
+
+
 def test_a_difference_is_told_by_its_place():
     """Outputs differ in structure, in a shape, or in values, and it says where; within precision they do not."""
     one = {"logits": torch.ones(2, 3), "states": (torch.zeros(2),)}

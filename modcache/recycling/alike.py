@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..precision import tolerance_of
-from .trees import located, same_but_tensors
+from .trees import located, opened, same_but_tensors
 
 __all__ = ["agree", "difference", "floor_of", "rows_agree"]
 
@@ -96,7 +96,8 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def difference(one: Any, other: Any, floor: float) -> str | None:
-    """In what two outputs differ."""
+    """In what two outputs differ, objects among them by what their attributes hold."""
+    one, other = opened(one), opened(other)
     left, right = list(located(one)), list(located(other))
     if [step for step, _ in left] != [step for step, _ in right] or not same_but_tensors(one, other):
         return "another structure"

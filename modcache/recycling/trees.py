@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["ATOMS", "Step", "fill_inside", "fresh", "hidden_tensors", "located", "mapped", "same_but_tensors"]
+__all__ = [
+    "ATOMS",
+    "Step",
+    "fill_inside",
+    "fresh",
+    "hidden_tensors",
+    "located",
+    "mapped",
+    "opened",
+    "same_but_tensors",
+]
 
 Step = tuple[int | str, ...]
 """Where a tensor lies in a structure: indexes, keys and names of fields."""
@@ -148,6 +158,21 @@ def fill_inside(value: Any, change: Callable[[Any], Any], leaf: type, depth: int
             if changed is not part:
                 inner[name] = changed
             fill_inside(changed, change, leaf, depth - 1)
+
+
+def opened(value: Any, depth: int = 4) -> Any:
+    """The structure with objects that are no structures (a key-value cache) as mappings of their attributes."""
+    if isinstance(value, torch.Tensor | torch.nn.Module | type | str | types.FunctionType) or type(value) in ATOMS:
+        return value
+    parts = _parts(value)
+    if parts is not None:
+        new = [(step, opened(part, depth)) for step, part in parts]
+        same = all(part is old for (_, part), (_, old) in zip(new, parts, strict=True))
+        return value if same else {"": type(value), **dict(new)}
+    inner = getattr(value, "__dict__", None)
+    if not isinstance(inner, dict) or not inner or depth == 0:
+        return value
+    return {"": type(value), **{name: opened(part, depth - 1) for name, part in inner.items()}}
 
 
 def hidden_tensors(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
