@@ -14,7 +14,7 @@ from torch import nn
 from .arguments import Arguments, Binder
 from .call import bypass, call
 from .errors import UsageTypeError
-from .fingerprint import UNDETERMINED, Fingerprint, Identity, Standing, context, context_facts
+from .fingerprint import UNDETERMINED, Bookkeeping, Fingerprint, Identity, Standing, context, context_facts
 from .forwards import forward_of
 from .freezing import Before
 from .hit import Missed, Site, hit
@@ -54,6 +54,7 @@ class Attached:
         requested: the options.
         inside: a forward that had been patched on the instance; it is called in place of the class's.
         store: shared with the module that this one is a copy of.
+        known: what forwards were seen to change on that one.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Attached:
         requested: Requested,
         inside: Callable[..., Any] | None = None,
         store: Store | None = None,
+        known: Bookkeeping | None = None,
     ) -> None:
         self.requested = requested
         self.inside = inside
@@ -82,6 +84,7 @@ class Attached:
             version=requested.version,
             eager_bytes=undigested_from,
             also={name: function for name, function in functions.items() if function is not None},
+            known=known,
         )
         self._binder: Binder | None = None
         self._naming = Naming(self.identity, requested, undigested_from)
@@ -94,14 +97,16 @@ class Attached:
     # --- copies
 
     def __deepcopy__(self, copies: dict[int, Any]) -> Attached:
-        """A copy has an identity and counts of its own, and shares the store."""
-        other = Attached(self.memo.name, self.requested, copy.deepcopy(self.inside, copies), self.memo.store)
+        """A copy has an identity and counts of its own, shares the store, and knows what a forward changes."""
+        inside, known = copy.deepcopy(self.inside, copies), self.identity.bookkeeping
+        other = Attached(self.memo.name, self.requested, inside, self.memo.store, known)
         other.before, other.closed = self.before, self.closed
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle holds the options, not the rows."""
-        return _restored, (self.memo.name, self.requested, self.inside, self.before, self.closed)
+        made_with = self.memo.name, self.requested, self.inside, self.before, self.closed, self.identity.bookkeeping
+        return _restored, made_with
 
     # --- a call
 
@@ -341,7 +346,8 @@ def _restored(
     inside: Callable[..., Any] | None,
     before: Before | None,
     closed: bool,
+    known: Bookkeeping | None = None,
 ) -> Attached:
-    attached = Attached(name, requested, inside)
+    attached = Attached(name, requested, inside, known=known)
     attached.before, attached.closed = before, closed
     return attached

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
@@ -92,7 +93,11 @@ def call(
         refuse_blocked(memo, job.form)
         return _cached(job, found, began, keyed_at)
     except Bypass as reason:
-        return bypass(memo, host.run, args, kwargs, reason, None if batch is None else batch.size)
+        try:
+            return bypass(memo, host.run, args, kwargs, reason, None if batch is None else batch.size)
+        finally:
+            with suppress(Exception):
+                host.settle()  # what that forward noted on the module is no other state of it
 
 
 def _keyed(memo: Memo, batch: Batch, arguments: Arguments, given: Given | None) -> Keyed:

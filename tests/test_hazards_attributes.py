@@ -281,28 +281,44 @@ def test_what_a_forward_puts_in_the_place_of_another_is_bookkeeping():
     assert hits(module) == 3 * len(X)
 
 
-@pytest.mark.parametrize("wrong", [torch.ones(4, 7), torch.arange(28.0).reshape(4, 7)], ids=["twins", "distinct"])
-def test_what_a_forward_that_fails_notes_is_bookkeeping(wrong):
-    """A counter that moved in a call that raised is no other state: rows stay when the module is rechecked."""
+class Counts(nn.Module):
+    """Counts its calls."""
 
-    class Counts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.calls = nn.Linear(3, 2), 0
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = nn.Linear(3, 2), 0
 
-        def forward(self, x):
-            self.calls += 1
-            return self.layer(x)
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x)
 
-    module = cached_module(frozen(Counts()))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        module(wrong)
+
+def assert_one_state(module):
+    """The module is in one state from here on: rows stay when it is rechecked."""
     before = cache_of(module).namespace
     module(X)
     assert not cache_of(module).recheck()
     module(X)
     assert (computed(module), hits(module)) == (len(X), len(X))
     assert cache_of(module).namespace == before
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(4, 7), torch.arange(28.0).reshape(4, 7)], ids=["twins", "distinct"])
+def test_what_a_forward_that_fails_notes_is_bookkeeping(wrong):
+    """A counter that moved in a call that raised is no other state."""
+    module = cached_module(frozen(Counts()))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        module(wrong)
+    assert_one_state(module)
+
+
+@pytest.mark.parametrize("x", [X[:0], X.clone().requires_grad_()], ids=["empty", "needs grad"])
+def test_what_a_bypassed_forward_notes_is_bookkeeping(x):
+    """A counter that moved in a call that was run as if uncached is no other state."""
+    module = cached_module(frozen(Counts()))
+    with Quiet():
+        module(x)
+    assert_one_state(module)
 
 
 def test_slots_that_a_forward_writes_are_bookkeeping():

@@ -208,6 +208,42 @@ def test_pickle(how):
     assert cache_of(other).store.stats().rows == 6
 
 
+class Counting(Encoder):
+    """Counts its calls in an attribute and in a buffer, and fills a table at its first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+        self.table = {}
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.calls += 1
+        self.count += 1
+        self.table.setdefault("twice", self.last.weight.sum() * 0)
+        return super().forward(x) + self.table["twice"]
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch"])
+def test_copies_know_what_a_forward_changes(how, tmp_path):
+    """A counter that has counted makes no other module of a copy: it is served what the original stored."""
+    cached = cached_module(frozen(Counting()), store=str(tmp_path))
+    plain = copy.deepcopy(uncached(copy.deepcopy(cached)))
+    for _ in range(3):
+        agree(cached, plain, X)
+    cache_of(cached).flush()
+    for other in (copied := duplicate(cached, how), duplicate(copied, how)):
+        agree(other, plain, X)
+        assert computed(other) == 0
+        assert cache_of(other).namespace == cache_of(cached).namespace
+        other.last.weight.data.mul_(2)
+        agree(other, copy.deepcopy(uncached(duplicate(other, how))), X)
+
+
+def duplicate(module, how):
+    return copy.deepcopy(module) if how == "deepcopy" else load(dump(module, how), how)
+
+
 def dump(module, how):
     buffer = io.BytesIO()
     pickle.dump(module, buffer) if how == "pickle" else torch.save(module, buffer)

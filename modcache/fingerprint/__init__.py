@@ -2,12 +2,13 @@
 
 from .callables import callable_digest
 from .context import context, context_facts
-from .facts import UNDETERMINED, Fingerprint, Standing
+from .facts import UNDETERMINED, Bookkeeping, Fingerprint, Standing
 from .identity import Identity
 from .training import first_in_training
 
 __all__ = [
     "UNDETERMINED",
+    "Bookkeeping",
     "Fingerprint",
     "Identity",
     "Standing",

@@ -51,3 +51,16 @@ class Fingerprint:
     weights: bytes
     opaque: tuple[str, ...]
     bookkeeping: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bookkeeping:
+    """What forwards were seen to change on a module: a copy of it has it as well, and is no other module for it.
+
+    Attributes:
+        fields: places of values, with the content first seen where it is known.
+        tensors: names of tensors, with the digest first seen.
+    """
+
+    fields: Mapping[str, bytes | None]
+    tensors: Mapping[str, bytes]

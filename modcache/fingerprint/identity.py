@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..digest import digest, encode
 from ..locks import lock_of
-from .facts import UNDETERMINED, Fingerprint, Standing
+from .facts import UNDETERMINED, Bookkeeping, Fingerprint, Standing
 from .settle import Changes, changes
 from .strangers import Strangers
 from .training import first_in_training
@@ -68,6 +68,7 @@ class Identity:
             back is known again; larger ones are only counted, until someone asks for the fingerprint.
         also: other things that the results depend on, by name (a function that prepares the inputs): their code
             and what it reaches are followed like the module's own.
+        known: what forwards were seen to change on the module that this one is a copy of.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Identity:
         version: str | None = None,
         eager_bytes: int = 256 << 20,
         also: Mapping[str, object] = MappingProxyType({}),
+        known: Bookkeeping | None = None,
     ) -> None:
         self._version = version
         self._also = dict(also)
@@ -93,6 +95,9 @@ class Identity:
         self._epoch: tuple[object, int] | None = None
         self._fingerprints: dict[int, Fingerprint] = {}
         self._bookkeeping: dict[str, bytes | None] = {}
+        if known is not None:
+            self._bookkeeping.update(known.fields)
+            self._weights.firsts.update(known.tensors)
         self._first_fields: dict[str, bytes] | None = None
         self._restless = False
         self._same_in_a_row = self._moves_in_a_row = self._calm = 0
@@ -256,6 +261,12 @@ class Identity:
 
     # --- the rest of the interface ---
 
+    @property
+    def bookkeeping(self) -> Bookkeeping:
+        """What forwards were seen to change so far."""
+        with self._lock:
+            return Bookkeeping(dict(self._bookkeeping), dict(self._weights.firsts))
+
     def settle(self, module: nn.Module) -> str | None:
         """Look at what a forward that has just run left behind.
 
@@ -290,11 +301,12 @@ class Identity:
     def _remember(self, after: Changes, look: _Look) -> None:
         first = self._first_fields or {}
         for place in after.bookkeeping:
-            self._bookkeeping.setdefault(place, first.get(place))
             leaf = dict(zip(look.watch.names, look.watch.leaves, strict=True)).get(place)
             known = None if leaf is None else self._weights.known(leaf)
             if known is not None:
                 self._weights.firsts.setdefault(place, known)
+            # A tensor that was there has its name alone among the fields.
+            self._bookkeeping.setdefault(place, first.get(place, None if known is None else b""))
 
     def _refresh_key(self, look: _Look) -> None:
         """Bookkeeping changes how a state is written down, not which one it is."""

@@ -218,10 +218,10 @@ class _Walker:
         watched = []
         said = frame(b"repr", _extra_repr(module)) if of_library(cls.__module__) else b""
         said += self._order(name, module) + reader.slots_of_module(module, f"slots of {place}")
-        lost = [key[len(name) + 1 :] for key in self._bookkeeping if name and key.startswith(f"{name}.")]
-        lost += [key for key in self._bookkeeping if not name]
+        head = f"{name}." if name else ""
+        lost = [key[len(head) :] for key, first in self._bookkeeping.items() if first and key.startswith(head)]
         for key in sorted({*names, *(key for key in lost if "." not in key and " " not in key)}):
-            path = f"{name}.{key}" if name else key
+            path = head + key
             value = vars(module).get(key)
             said += reader.attribute(value, key, path)
             if path not in self._bookkeeping:
@@ -241,8 +241,9 @@ class _Walker:
         """The order of what a forward may go through."""
         if not is_ordered(module):
             return b""
-        start = f"{name}." if name else ""
-        orders = [[key for key in held if start + key not in self._bookkeeping] for held in ordered(vars(module))]
+        head = f"{name}." if name else ""
+        new = {key for key, first in self._bookkeeping.items() if first is None}  # was not there at first
+        orders = [[key for key in held if head + key not in new] for held in ordered(vars(module))]
         return frame(b"order", encode(orders)) if any(len(keys) > 1 for keys in orders) else b""
 
     def _hooks(
