@@ -64,6 +64,37 @@ def frozen(model):
     return model.requires_grad_(False).eval()
 
 
+class Placed(Model):
+    """Adds what it is given for each of the places in a row, the same for all rows."""
+
+    def forward(self, x, places):
+        return self.high(self.mid(self.low(x) + places.float()[None]))
+
+
+def placed(rows, length=5):
+    return torch.arange(rows * length * 4.0).reshape(rows, length, 4).sin(), torch.arange(length)[:, None]
+
+
+@pytest.mark.parametrize("rows", [3, 4, 7])
+def test_what_all_rows_share_and_is_as_long_as_the_batch_is_named(rows):
+    """A model that cannot take a part of such an argument is refused with its name, also where it worked before."""
+    model = recycle(Placed(), "mid")
+    model(*placed(rows + 1, rows))
+    with pytest.raises(CutError, match=r"RuntimeError.*on all.*\bplaces\b.*broadcast="):
+        model(*placed(rows, rows))
+    told, plain = recycle(Placed(), "mid", broadcast=("places",)), Placed()
+    for count in (rows, rows + 1, rows):
+        assert torch.allclose(told(*placed(count, rows)), plain(*placed(count, rows)))
+
+
+def test_what_the_model_raises_on_all_rows_comes_through():
+    """An error that the un-recycled model raises as well is its own."""
+    model = recycle(Placed(), "mid")
+    for rows in (3, 6):
+        with pytest.raises(RuntimeError, match="must match"):
+            model(placed(rows)[0], placed(rows, 2)[1])
+
+
 REFUSED = {
     "a module that only larger batches call": (
         lambda: Model(lambda m, x: m.high(m.mid(m.low(m.other(x) if len(x) > 2 else x)))),

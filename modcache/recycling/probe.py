@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -70,6 +71,11 @@ class _Probe:
         tags = Tags(leaf for _, value in self._leaves(batch) for _, leaf in located(value))
         try:
             output = self.trials.full(batch)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            self.trials.full(self.asked.arguments)  # what the model raises on all rows is its own
+            raise self._raises(error) from error
         finally:
             tags.put_back()
         try:
@@ -82,13 +88,33 @@ class _Probe:
         except (CutError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise CutError(
-                f"{self.at}: run again on a few of its rows, or resumed at the cut, the model raises "
-                f"{type(error).__name__} ({error}), which it does not do in full. What comes before the cut depends on "
-                "earlier calls or on which rows are in the batch. Cut at an earlier submodule."
-            ) from error
+            raise self._raises(error) from error
         finally:
             tags.put_back()
+
+    def _raises(self, error: Exception) -> CutError:
+        """The model failed on some rows of a batch that it takes as a whole; to be raised."""
+        told = f"{self.at}: run again on a few of its rows, or resumed at the cut, the model raises "
+        told += f"{type(error).__name__} ({error}), which it does not do on all of them. "
+        if shared := self._as_long_by_chance():
+            return CutError(
+                f"{told}It wants all of {' or '.join(shared)}, which is as long as the batch. Name it in broadcast= if "
+                "it is the same for all rows."
+            )
+        return CutError(
+            f"{told}What comes before the cut depends on earlier calls or on which rows are in the batch. Cut at an "
+            "earlier submodule."
+        )
+
+    def _as_long_by_chance(self) -> list[str]:
+        """The arguments with which a few rows run, if these are left whole."""
+        batch, found = self.asked.batch, []
+        for column in batch.columns:
+            others = tuple(other for other in batch.columns if other is not column)
+            with contextlib.suppress(Exception):
+                self.trials.full(self.asked.arguments.taken(batch._replace(columns=others), self.places[1:]))
+                found.append(column.path)
+        return found
 
     def _parted(self, batch: Arguments, output: Any, tags: Tags) -> Plan:
         rows = self.places
