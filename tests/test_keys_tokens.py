@@ -88,6 +88,7 @@ OTHER_MASKS = {
     "holey": [[1, 0, 1], [1, 1, 1]],
     "an empty row": [[0, 0, 0], [1, 1, 1]],
     "weights": [[2, 1, 0], [1, 1, 1]],
+    "packed": [[1, 2, 0], [1, 1, 1]],  # two texts in one row
     "additive": [[0, 0, -1], [0, 0, 0]],
 }
 
