@@ -11,6 +11,7 @@ from torch import nn
 from .ask import contained, explained, keys_of, row_count
 from .attached import Attached
 from .cut import Cut
+from .errors import UsageTypeError
 from .explain import Explanation
 from .memo import Bypass
 from .stats import CallHook, Stats
@@ -141,5 +142,10 @@ class Cache:
 
         Returns:
             A handle whose ``remove()`` takes the hook away again.
+
+        Raises:
+            UsageTypeError: it is not callable (a ``TypeError``).
         """
+        if not callable(hook):
+            raise UsageTypeError(f"add_hook(...) takes a function of a CallReport; found {hook!r}")
         return HookHandle(self._attached.memo.hooks, hook)

@@ -274,9 +274,11 @@ def test_classes_as_key_functions():
     [
         ("texts", UsageError, "key must be one of 'text', 'path', 'tensor', 'tokens', .*; found 'texts'"),
         (7, UsageTypeError, "key must be a name, an extractor .*; found 7"),
+        (keys.path, UsageTypeError, "found the function keys.path, which makes one: call it"),
+        (keys.custom, UsageTypeError, "found the function keys.custom, which makes one: call it"),
         (Extractor, UsageTypeError, "key must be a name, an extractor .*; found <class .*Extractor'>"),
     ],
-    ids=["name", "number", "class"],
+    ids=["name", "number", "maker", "custom", "class"],
 )
 def test_no_extractor(key, error, message):
     """What is no extractor is refused, when the module is wrapped."""

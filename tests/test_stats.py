@@ -120,6 +120,14 @@ def test_a_hook_hears_of_every_call():
     assert reports[0].seconds.computing > 0
 
 
+@pytest.mark.parametrize("hook", [None, 3])
+def test_a_hook_is_a_function(hook):
+    """What cannot be called is refused when it is given, not told of in each call."""
+    module = cached_module(encoder(), freeze=True)
+    with pytest.raises(TypeError, match=rf"add_hook\(...\) takes a function of a CallReport; found {hook}"):
+        cache_of(module).add_hook(hook)
+
+
 def test_a_failing_hook_does_not_break_the_loop():
     """What a hook raises is told once."""
     module = cached_module(encoder(), freeze=True)

@@ -293,6 +293,9 @@ def extractor_of(key: object) -> Extractor:
             names = ", ".join(map(repr, _NAMED))
             raise UsageError(f"key must be one of {names}, an extractor or a function of a row; found {key!r}")
         return _NAMED[key]()
+    if any(key is maker for maker in (*_NAMED.values(), custom)):
+        name = key.__name__  # type: ignore[attr-defined]
+        raise UsageTypeError(f"key must be an extractor; found the function keys.{name}, which makes one: call it")
     if callable(key) and not (isinstance(key, type) and issubclass(key, Extractor)):
         return _Custom(key)
     raise UsageTypeError(f"key must be a name, an extractor from modcache.keys or a function of a row; found {key!r}")
