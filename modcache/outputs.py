@@ -281,6 +281,8 @@ def _build(node: Node) -> Builder:
         raise UnknownClassError(f"the output class {module}.{qualname} has other fields in this process")
     fields = [_build(item) for _, item in pairs]
     construct = {"data": _fill, "named": _fill_tuple, "output": _call}[kind]
+    if kind == "output" and names != [field.name for field in dataclasses.fields(cls) if field.name in names]:
+        construct = _call_in_order
     return lambda tensors, home: construct(
         cls, {str(name): field(tensors, home) for name, field in zip(names, fields, strict=True)}
     )
@@ -299,6 +301,14 @@ _CONSTANTS: dict[str, Callable[..., object]] = {
 
 def _call(cls: type, fields: dict[str, object]) -> object:
     return cls(**fields)
+
+
+def _call_in_order(cls: type, fields: dict[str, object]) -> object:
+    """A forward may set fields of its output one by one, in another order than they are declared in."""
+    made = cls(**fields)
+    for name in fields:
+        made.move_to_end(name)
+    return made
 
 
 def _fill_tuple(cls: type, fields: dict[str, object]) -> object:

@@ -46,6 +46,15 @@ def model_output(x):
     return BaseModelOutputWithPooling(last_hidden_state=x[:, None], pooler_output=x, hidden_states=(x, x * 2))
 
 
+def late_model_output(x):
+    """Its fields are set in another order than they are declared in."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    output = BaseModelOutputWithPooling(last_hidden_state=x[:, None], hidden_states=(x, x * 2))
+    output["pooler_output"] = x + 1
+    return output
+
+
 class Apply(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -74,6 +83,7 @@ TREES = {
     "dataclass": lambda x: Data(x, x * 2),
     "frozen dataclass": FrozenData,
     "model output": model_output,
+    "late model output": late_model_output,
     "none": lambda x: (x, None),
     "constants": lambda x: (x, 3, 2.5, True, "text", None, -0.0, 10**30),
     "inf": lambda x: (x, float("inf"), float("-inf")),

@@ -82,3 +82,10 @@ def test_tensors_in_objects():
     assert list(hidden_tensors((T, {"a": T}))) == []
     fill_inside(tree, lambda leaf: leaf + 1, torch.Tensor)
     assert torch.equal(tree[0].inner.kept[0], T + 1)
+
+
+def test_what_was_set_late_stays_last():
+    """The keys of an output of transformers keep the order in which a forward set them."""
+    output = BaseModelOutput(hidden_states=(T, T))
+    output["last_hidden_state"] = T
+    assert list(mapped(output, torch.clone)) == ["hidden_states", "last_hidden_state"]

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import types
-from collections import UserDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -99,7 +99,11 @@ def _rebuilt(value: Any, parts: list[tuple[int | str, Any]]) -> Any:
         return other
     if isinstance(value, Mapping):
         if dataclasses.is_dataclass(value):  # transformers' ModelOutput: a mapping whose fields are attributes too
-            return type(value)(**{str(step): part for step, part in parts})
+            made = type(value)(**{str(step): part for step, part in parts})
+            if isinstance(made, OrderedDict):
+                for step, _ in parts:  # a forward may have set them in another order than they are declared in
+                    made.move_to_end(step)
+            return made
         for step, part in parts:
             other[step] = part
         return other
