@@ -48,9 +48,7 @@ def plan_call(keys: Sequence[bytes], found: tuple[Found, ...], *, unchecked: boo
     if len(found) > 1 and not ragged:
         found = ()
     if unchecked and len(keys) > 1:
-        first = distinct(keys)
-        if len(first) > 1:
-            return CallPlan((), tuple(first.values()), check=True)
+        return CallPlan((), tuple(distinct(keys).values()), check=True)
     missing = _missing(keys, found)
     return CallPlan(found, missing, check=False)
 

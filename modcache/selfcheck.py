@@ -161,9 +161,9 @@ def _choice(job: Job, places: list[int], rows: Rows, width: int) -> tuple[list[i
     shorter = [number for number, place in enumerate(places) if tokens.lengths[place] < width]
     if shorter:
         own = [places[number] for number in shorter]
-        chosen = rows_to_check(own, [sizes[number] for number in shorter]) or own[:1]
+        chosen = rows_to_check(own, [sizes[number] for number in shorter])
         return chosen, int(tokens.lengths[chosen].max())
-    return rows_to_check(places, sizes) or places, width + 1
+    return rows_to_check(places, sizes), width + 1
 
 
 def _ready_again(job: Job, chosen: list[int], batch: Batch) -> Callable[[], object]:
@@ -227,7 +227,7 @@ def rows_to_check(places: list[int], sizes: list[float], lengths: list[int] | No
     their batch.
 
     Of fewer, one in several copies. Any two of four are a pair of one kind or the other; and what all rows share must
-    not fit, which a batch of one would let pass for anything.
+    not fit, which a batch of one would let pass for anything: also a row alone, of a batch of equal rows, has a copy.
 
     Args:
         places: the computed rows.
@@ -235,8 +235,8 @@ def rows_to_check(places: list[int], sizes: list[float], lengths: list[int] | No
         lengths: how long the input of each is, where that differs.
     """
     count = len(places)
-    if count < 2:
-        return []
+    if count == 1:
+        return [*places, *places]
     by_size = sorted(range(count), key=sizes.__getitem__)
     middling = [by_size[rank] for rank in sorted(range(count), key=lambda rank: abs(2 * rank - count + 1))]
     shortest = None if lengths is None else min(range(count), key=lengths.__getitem__)
