@@ -23,6 +23,8 @@ def asked_store(store: object) -> Store | str | None:
         path = os.path.abspath(os.path.expanduser(os.fsdecode(store))) if store else ""
         if not path:
             raise UsageError("store is the path of a cache directory; found an empty one")
+        if "\0" in path:
+            raise UsageError(f"store is the path of a cache directory; found a null character in {path!r}")
         if os.path.lexists(path) and not os.path.isdir(path):
             raise UsageError(f"store is the path of a cache directory; found a file at {path}")
         return path

@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 from modcache import UsageError, UsageTypeError, cache_of, cached_module, keys_for
 from modcache.batch import split
 from modcache.keys import given as given_module
-from modcache.keys.given import given_digests, given_rows
+from modcache.keys.given import given_digests, given_keys, given_rows
 from modcache.keys.keyed import Given, given_keyed
 from modcache.keys.registry import is_row
 
@@ -127,6 +127,7 @@ REFUSED = {
     "an array of texts": np.array(["a", "b"]),
     "0-d floats": [torch.tensor(1.0), torch.tensor(2.0)],
     "tuples of floats": [(1.0,), (2.0,)],
+    "a tensor without values": torch.empty(2, dtype=torch.long, device="meta"),
     "a number among tensors": [torch.tensor([1, 2]), 3],
 }
 
@@ -136,6 +137,8 @@ def test_what_cannot_be_keys(kind):
     """Anything else is refused, saying what was found and what is accepted."""
     with pytest.raises(UsageTypeError, match=r"cache_keys must hold one key per row: ints, .*; found a"):
         given_rows(REFUSED[kind], 2)
+    with pytest.raises(UsageTypeError, match="cache_keys must hold"):
+        given_keys(REFUSED[kind], 2, 0, "cache_keys")
 
 
 def test_a_wrong_number_of_keys():

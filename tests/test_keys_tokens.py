@@ -149,6 +149,12 @@ def test_which_columns_are_per_token():
     assert found.paths == ("input_ids", "attention_mask", "token_type_ids", "clean", "deep", "coarse")
 
 
+def test_a_column_of_one_value_is_looked_at_whatever_its_stride_is():
+    """A tensor of one value is contiguous with any stride."""
+    found = find_tokens(batch_of(torch.tensor([[5]]), torch.tensor([[1]]), score=torch.ones(1, 2)[:, ::2]))
+    assert found.paths == ("input_ids", "attention_mask", "score")
+
+
 def test_everything_else_of_the_row_stays_in_its_key():
     """Per-token values up to the length, and values per row, tell rows of the same ids apart."""
     ids, mask = padded([[1, 2], [1, 2], [1, 2]], 4)

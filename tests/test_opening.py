@@ -29,6 +29,12 @@ def encoder(seed=0):
     return CountingEncoder()
 
 
+def test_a_path_that_cannot_be_one_is_refused():
+    """No file system has a null character in a name, and opening such a path says nothing of a store."""
+    with pytest.raises(UsageError, match="null character"):
+        cached_module(encoder(), freeze=True, store="a\0b")
+
+
 @pytest.mark.parametrize("kind", [str, Path, os.fsencode])
 def test_a_path_is_memory_in_front_of_a_directory(tmp_path, kind):
     """Rows lie in the directory when the module is closed, and another module of the same content computes nothing."""

@@ -116,6 +116,8 @@ def _numbers(keys: torch.Tensor | np.ndarray, source: str) -> np.ndarray:
         raise UsageTypeError(
             f"{source} must hold {_ACCEPTED}; found a {type(keys).__name__} of {keys.dtype}, shape {tuple(keys.shape)}"
         )
+    if isinstance(keys, torch.Tensor) and keys.is_meta:
+        raise UsageTypeError(f"{source} must hold {_ACCEPTED}; found a tensor without values (on the device 'meta')")
     return keys.detach().cpu().clone().numpy() if isinstance(keys, torch.Tensor) else keys
 
 
@@ -164,7 +166,9 @@ def given_keys(keys: object, count: int, seed: int, source: str) -> list[bytes]:
         UsageError: their number is not the number of rows.
         UsageTypeError: they are of a type that cannot be keys.
     """
-    numbers = keys.tolist() if type(keys) is torch.Tensor and keys.dtype is torch.int64 and keys.ndim == 1 else keys
+    numbers = keys
+    if type(keys) is torch.Tensor and keys.dtype is torch.int64 and keys.ndim == 1 and not keys.is_meta:
+        numbers = keys.tolist()
     if type(numbers) is not list or len(numbers) != count or set(map(type, numbers)) != {int}:
         return given_digests(given_rows(keys, count, source), seed)
     known = _known(seed)

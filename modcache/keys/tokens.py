@@ -103,7 +103,8 @@ def _is_per_token(column: Column, lengths: np.ndarray, width: int) -> bool:
     if not held.numel():
         return False
     beyond = torch.arange(width, device="cpu") >= torch.from_numpy(lengths)[:, None]
-    return not bool(held.view(len(held), width, -1).view(torch.uint8)[beyond].any())
+    # Of one value, any stride is contiguous; a view as bytes asks for 1, which a new dimension has.
+    return not bool(held.view(len(held), width, -1).unsqueeze(-1).view(torch.uint8)[beyond].any())
 
 
 # --- keys -----------------------------------------------------------------------------------------------
