@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ class Shelf:
         """The rows of these keys in fresh memory, by layout; notes their use unless stamp is None."""
         places, complete = self._index.locate(keys)
         if complete and keys and len(self._slabs) == 1 and 0 in self._slabs:  # as is the rule
-            return (self._found(self._slabs[0], np.arange(len(keys)), places, stamp),)
+            return (self._found(self._slabs[0], _all(len(keys)), places, stamp),)
         return tuple([self._found(slab, at, rows, stamp) for slab, at, rows in self._by_slab(places)])
 
     def lend(self, keys: Sequence[bytes], stamp: int | None) -> list[Lent] | None:
@@ -63,7 +64,7 @@ class Shelf:
         if not complete:
             return None
         one = len(self._slabs) == 1 and 0 in self._slabs and len(keys)
-        parts = [(self._slabs[0], np.arange(len(keys)), places)] if one else self._by_slab(places)
+        parts = [(self._slabs[0], _all(len(keys)), places)] if one else self._by_slab(places)
         found = []
         for slab, positions, rows in parts:
             lent = slab.lent(rows, positions)
@@ -182,3 +183,11 @@ class Shelf:
     def _count(self, rows: int, slab: Slab) -> None:
         self._account.rows += rows
         self._account.bytes += rows * slab.row_bytes
+
+
+@functools.lru_cache(maxsize=64)
+def _all(count: int) -> Places:
+    """The positions of so many keys: every hit of a loop has as many."""
+    positions = np.arange(count)
+    positions.flags.writeable = False
+    return positions
