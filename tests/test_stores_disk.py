@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from modcache.stores.disk.catalogue import Catalogue
 from modcache.stores.disk.descriptors import Descriptors
 from modcache.stores.disk.names import CATALOGUE, folder_of
 from modcache.stores.disk.segment import Segment
+from modcache.stores.disk.statements import Statements
 from tests.contracts import LAYOUTS, PAIR, VECTOR, AbilitiesContract, answers, expected, key, keys, rows_of
 
 LARGE = Layout("*", ((torch.float32, (20_000,)),))
@@ -555,3 +557,16 @@ def test_what_was_asked_for_first_is_in_the_catalogue(tmp_path):
         store.put("a", keys(1, 2), rows_of([1, 2]))
     (entry,) = Catalogue(directory / CATALOGUE, writable=False).entries().values()
     assert (entry.rows, abs(entry.last_used - time.time()) < 60) == (2, True)
+
+
+def test_rows_that_nobody_asked_for_yet_are_sorted_in_behind_the_loop(tmp_path):
+    """What was put goes into the index when there is nothing to write, so that who asks later finds it done."""
+    with DiskStore(tmp_path / "cache") as store:
+        store.put("a", keys(1, 2), rows_of([1, 2]))
+        with mock.patch.object(Statements, "settle", autospec=True, side_effect=Statements.settle) as settle:
+            store.put("a", keys(3), rows_of([3]))
+            end = time.monotonic() + 10
+            while mock.call(mock.ANY, least=0) not in settle.mock_calls and time.monotonic() < end:
+                time.sleep(0.01)
+        assert mock.call(mock.ANY, least=0) in settle.mock_calls
+        assert sorted(store.row_keys("a")) == sorted(keys(1, 2, 3))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from modcache.stores.disk import tasks
-from modcache.stores.disk.tasks import Put, Queue, Sync, closed_lock
+from modcache.stores.disk.catalogue import Entry
+from modcache.stores.disk.tasks import Put, Queue, Settle, Sync, Use, closed_lock
 
 
 def put(segment, number, rows=2):
@@ -61,6 +63,39 @@ def test_withdrawing_all_leaves_other_tasks():
         queue.push(task)
     assert len(queue.withdraw()) == 2
     assert drained(queue) == [["sync"]]
+
+
+def use(namespace, ago=0.0):
+    return Use(namespace, namespace, Entry(time.time() - ago, 1, 1))
+
+
+def test_what_nobody_waits_for_comes_last():
+    """Notes of uses, and the index, wait until nothing else is to be done, whatever is pushed after them."""
+    queue, sync, first, second = Queue(1 << 20), Sync(closed_lock()), Settle(object()), Settle(object())
+    tasks = [use("one"), first, put(A, 0), second, first, use("two"), sync, put(B, 1)]
+    for task in tasks:
+        queue.push(task)
+    taken = [queue.take(lambda: pytest.fail("there is something to do"), 10.0)[0] for _ in range(7)]
+    assert taken == [tasks[2], sync, tasks[7], tasks[0], tasks[5], first, second], "one of each is enough"
+
+
+def test_a_use_is_noted_at_last_where_there_is_always_something_to_do():
+    """A note that has waited for half a minute waits no more, else others would take the rows for unused."""
+    queue = Queue(1 << 20)
+    for task in (use("one", ago=60.0), use("two"), put(A, 0)):
+        queue.push(task)
+    assert queue.take(lambda: None, 10.0)[0].namespace == "one"
+    assert queue.take(lambda: None, 10.0)[0].first == 0
+
+
+def test_at_the_end_uses_are_noted_and_nothing_is_sorted_in():
+    """A queue that was stopped hands on what outlives the process, and no work that is only of use to it."""
+    queue = Queue(1 << 20)
+    for task in (use("one"), Settle(A), use("two")):
+        queue.push(task)
+    queue.stop()
+    assert [queue.take(lambda: None, 10.0)[0].namespace for _ in range(2)] == ["one", "two"]
+    assert queue.take(lambda: None, 10.0) == []
 
 
 def test_who_puts_waits_for_room():

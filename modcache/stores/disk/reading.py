@@ -136,11 +136,11 @@ class Reading:
         segment.commit(first, count, stamp)
         while segment.waiting and segment.waiting[0][0] < segment.committed:
             segment.waiting.pop(0)
-        # By the thread that writes: at once where nothing else is to be written, else when it pays.
-        if segment.waiting:
-            self._said.settle()
-        else:
-            self._said.settle(least=0)
+        self._said.settle()
+
+    def settle(self) -> None:
+        """Brings the index up to date; whoever asks for rows does it otherwise."""
+        self._said.settle(least=0)
 
     def left_of(self, segment: Segment, first: int, joined: bytes) -> Places:
         """Which of some rows that wait for a segment still count, by their place among them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ _PART: Final = 1 << 19  # bytes that are copied at once: they are still in the c
 _SMALLEST: Final = 1 << 16
 _PAGE: Final = 1 << 12
 _SHEET: Final = 8 << 20  # is asked for at once, and cut into pieces
+_HUGE: Final = 2 << 20
 _KEPT: Final = 32 << 20
 
 _Bytes = npt.NDArray[np.uint8]
@@ -47,7 +49,7 @@ class Buffers:
             # Pages that appear when they are touched cost more than the copy, unless they are huge.
             size = -(-max(size, _SMALLEST) // _PAGE) * _PAGE
             pieces = max(1, min(_SHEET, _KEPT - sum(free.size for free in self._free)) // size)
-            first, *rest = np.split(np.empty(size * pieces, np.uint8), pieces)
+            first, *rest = np.split(_sheet(size * pieces), pieces)
             self._free += rest
             return first
 
@@ -61,6 +63,13 @@ class Buffers:
         """Gives all memory back to the system."""
         with self._lock:
             self._free.clear()
+
+
+def _sheet(size: int) -> _Bytes:
+    """So many bytes, from the beginning of a huge page on."""
+    memory = np.empty(size + _HUGE, np.uint8)
+    start = -memory.ctypes.data % _HUGE
+    return memory[start : start + size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,4 +146,4 @@ def _filled(matrix: _Bytes, sources: list[_Bytes], places: Places) -> bytes:
 
 def sums_of(matrix: _Bytes) -> bytes:
     """The checksum of each record, joined."""
-    return np.fromiter(map(checksum, matrix), "<u8", len(matrix)).tobytes()
+    return struct.pack(f"<{len(matrix)}Q", *map(checksum, matrix))

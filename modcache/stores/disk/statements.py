@@ -14,7 +14,7 @@ from .window import ROW_BITS
 __all__ = ["Statements"]
 
 _NEWEST: Final = 1 << 16  # keys that are quick to note; more of them are moved at a time, which may take 20 ms
-_MANY: Final = 1 << 16  # keys that are noted at a time when more and more are put and nobody asks for one
+_MANY: Final = 1 << 17  # keys that are noted at a time when more and more are put and nobody asks for one
 _ROW_MASK: Final = (1 << ROW_BITS) - 1
 
 StampsOf = Callable[[Places], Places]

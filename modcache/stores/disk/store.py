@@ -20,6 +20,7 @@ from ..budget import memory_here
 from ..incoming import check_batch, last_of_each
 from ..protocol import Found, StoreStats
 from . import room
+from .catalogue import Entry
 from .counting import Count, Counts
 from .describing import Descriptions
 from .descriptors import Descriptors
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DiskStore", "open_directory"]
 
-_QUEUE_BYTES: Final = 32 << 20  # fresh memory costs more than what is written out of it
+_QUEUE_BYTES: Final = 20 << 20  # fresh memory costs more than what is written out of it
 _QUEUE_SHARE: Final = 8  # of the memory that there is
 _USE_NOTED: Final = 60.0  # seconds within which a namespace is not noted as used again
 _CHUNK: Final = 1024  # rows that are moved at a time when a namespace gets another name
@@ -333,7 +334,8 @@ class DiskStore:
         if (last is None or now - last > _USE_NOTED) and len(reading):  # a look at nothing is no use
             self._used[reading.namespace] = now
             if self._is_writable():
-                self._writing.push(Use(reading, time.time()))
+                entry = Entry(time.time(), len(reading), reading.row_bytes)
+                self._writing.push(Use(reading.namespace, reading.folder, entry))
 
     def _is_writable(self) -> bool:
         if self._writable is None:

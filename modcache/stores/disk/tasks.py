@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from .catalogue import Entry
     from .reading import Reading
     from .segment import Segment
 
-__all__ = ["Drop", "Facts", "Put", "Queue", "Sync", "Task", "Use", "closed_lock"]
+__all__ = ["Begin", "Drop", "Facts", "Put", "Queue", "Settle", "Sync", "Task", "Use", "closed_lock"]
 
 _JOINED: Final = 8 << 20  # bytes of puts to one segment that are taken together
 _ENOUGH: Final = 4 << 20  # bytes that are worth a turn: each takes the interpreter from whoever puts more
 _LARGE: Final = 1 << 20  # bytes of a put that is worth a turn by itself: few of these come one after the other
 _A_WHILE: Final = 0.005  # seconds that fewer bytes wait for more
+_LATEST: Final = 30.0  # seconds that the note of a use waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,11 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Begin:
+    """Rows are about to be put: what is needed for them can be made while they are copied."""
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What is to be written into the manifest of a namespace."""
 
@@ -73,10 +81,24 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A namespace was used."""
+    """A namespace was used.
+
+    Args:
+        namespace: its name.
+        folder: that it lies in.
+        entry: what the catalogue is to say of it.
+    """
+
+    namespace: str
+    folder: str
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Rows of a namespace that nobody asked for yet can go into its index."""
 
     reading: Reading
-    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +112,7 @@ class Sync:
     done: threading.Lock
 
 
-Task = Put | Drop | Facts | Use | Sync
+Task = Begin | Put | Drop | Facts | Use | Settle | Sync
 
 
 class Queue:
@@ -112,6 +134,8 @@ class Queue:
         self._state = threading.Condition(self._lock)
         self._gates: list[threading.Lock] = []  # of those who wait for room
         self._tasks: deque[Task] = deque()
+        self._uses: deque[Use] = deque()  # nobody waits for these two, so they wait until there is nothing else to do
+        self._settles: deque[Settle] = deque()
         self._alone = 0  # tasks that are taken one by one
 
     def wait_for_room(self, size: int, is_taken: Callable[[], bool]) -> None:
@@ -125,11 +149,16 @@ class Queue:
             gate.acquire(timeout=1.0)
 
     def push(self, task: Task) -> bool:
-        """Adds a task behind all others; False where nobody will do it any more."""
+        """Adds a task behind all others of its kind; False where nobody will do it any more."""
         with self._lock:
             if not self.stopping:
-                self._tasks.append(task)
-                self.bytes += _size_of(task)
+                if isinstance(task, Use):
+                    self._uses.append(task)
+                elif not isinstance(task, Settle):
+                    self._tasks.append(task)
+                    self.bytes += _size_of(task)
+                elif task not in self._settles:
+                    self._settles.append(task)
                 if not self._gathering or not self._is_little():
                     self._state.notify_all()
             return not self.stopping
@@ -143,9 +172,15 @@ class Queue:
         """
         with self._lock:
             while not self._wait_for_some(patience):
-                if self.stopping:
+                if self._uses:
+                    return [self._uses.popleft()]
+                if self.stopping:  # then nobody will ask for rows, either
                     return []
+                if self._settles:
+                    return [self._settles.popleft()]
                 idle()
+            if self._uses and time.time() - self._uses[0].entry.last_used > _LATEST:
+                return [self._uses.popleft()]
             first = self._tasks.popleft()
             taken, size = [first], _size_of(first)
             if self._alone:
@@ -162,7 +197,7 @@ class Queue:
     def _wait_for_some(self, patience: float) -> bool:
         """Waits for a task, and a while longer where it is little; whether there is one. The lock is held."""
         if not self._tasks and not self.stopping:
-            self._state.wait(patience)
+            self._state.wait(_A_WHILE if self._uses or self._settles else patience)
         if self._tasks and self._is_little():
             self._gathering = True
             self._state.wait(_A_WHILE)

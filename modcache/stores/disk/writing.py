@@ -17,7 +17,7 @@ from ..index import KEY_BYTES, Places
 from . import ending
 from .admission import Admission
 from .appending import GoneError
-from .catalogue import Catalogue, Entry
+from .catalogue import Catalogue
 from .counting import count_rows
 from .directory import Directory
 from .forks import undisturbed
@@ -26,7 +26,7 @@ from .names import CATALOGUE, ROWS_FOLDER, SegmentName, new_writer
 from .reading import Reading
 from .records import Buffers
 from .room import IN_USE
-from .tasks import Drop, Facts, Put, Queue, Sync, Task, Use, closed_lock
+from .tasks import Begin, Drop, Facts, Put, Queue, Settle, Sync, Task, Use, closed_lock
 from .writers import Writers
 
 if TYPE_CHECKING:
@@ -102,6 +102,9 @@ class Writing:
 
     def memory_for(self, size: int) -> npt.NDArray[np.uint8]:
         """Memory for rows, after a wait until so many bytes may be queued; the lock is not held."""
+        with self._lock:
+            if not self._is_running():
+                self.push(Begin())
         self._queue.wait_for_room(size, self._is_running)
         return self._buffers.take(size)
 
@@ -173,8 +176,14 @@ class Writing:
                 self._drop(drop)
             case Facts() as task:
                 self._describe(task)
+            case Begin():
+                with contextlib.suppress(OSError):  # it is tried again when there are rows
+                    self._ready()
             case Use() as use:
                 self._note_use(use)
+            case Settle() as settle:
+                with self._lock:
+                    settle.reading.settle()
             case Sync() as sync:
                 try:
                     self._sync()
@@ -207,8 +216,9 @@ class Writing:
                 reading.give_up(segment)
             return
         size = sum(put.matrix.nbytes for put in puts) + count * _KEY_AND_SUM + _FRAME_BYTES + writer.head_bytes
+        spared = self._spared(reading)
         with undisturbed:
-            reason = self._admission.refusal(size, self._name, self._sign, self._spared(reading))
+            reason = self._admission.refusal(size, self._name, self._sign, spared)
         if reason is not None:
             self._refuse(reading, segment, puts, reason)
             return
@@ -222,6 +232,7 @@ class Writing:
         with self._lock:
             if not segment.closed:
                 reading.committed(segment, first, stamp, sums)
+                self._queue.push(Settle(reading))
                 for put in puts:
                     self._buffers.give(put.buffer)
                 return
@@ -288,16 +299,17 @@ class Writing:
         write_manifest(place, merged(read_manifest(place), task.facts))
 
     def _note_use(self, use: Use) -> None:
-        reading = use.reading
-        self._uses[reading.folder] = use.at
-        if self._directory.place_of(reading.folder).is_dir() and os.access(self._directory.path, os.W_OK):
+        with self._lock:
+            self._uses[use.folder] = use.entry.last_used
+        if self._directory.place_of(use.folder).is_dir() and os.access(self._directory.path, os.W_OK):
             with undisturbed:
-                self._catalogue.note(reading.namespace, Entry(use.at, len(reading), reading.row_bytes))
+                self._catalogue.note(use.namespace, use.entry)
 
     def _spared(self, reading: Reading) -> frozenset[str]:
         now = time.time()
-        self._uses = {folder: at for folder, at in self._uses.items() if now - at <= IN_USE}
-        return frozenset({reading.folder, *self._uses})
+        with self._lock:
+            self._uses = {folder: at for folder, at in self._uses.items() if now - at <= IN_USE}
+            return frozenset({reading.folder, *self._uses})
 
     def _note_dropped(self, folder: str) -> None:
         counted = count_rows(self._directory, folder)
