@@ -85,6 +85,18 @@ def test_ls(filled, run):
     assert re.fullmatch(r"abd00000\s+Encoder\s+1\s+[0-9.]+ \w+\s+40 days ago\s+dtype float16 -> float32", second)
 
 
+def test_ls_of_two_cuts_of_one_model(cache, run):
+    """Namespaces of a recycled model are told apart by the module at which it is cut, whatever stands there."""
+    for number, cut in enumerate(["layers.1", "layers.2\x1b[2J", 7]):
+        plant(cache, f"{number}" * 32, [(1, {1: 0})])
+        write_manifest(Directory(cache).place_of(folder_of(f"{number}" * 32)), {"class": "models.Encoder", "cut": cut})
+    lines = run("ls", cache)[1].splitlines()[1:]
+    cells = sorted(re.split(r"\s{2,}", line)[1] for line in lines)
+    assert cells[:2] == ["Encoder", "Encoder at layers.1"], "a cut that is no text was not written by us"
+    assert cells[2].startswith("Encoder at layers.2")
+    assert "\x1b" not in cells[2]
+
+
 def test_ls_of_nothing(cache, run):
     """A directory without rows is fine, and says so."""
     Directory(cache).prepare("a test")

@@ -364,6 +364,40 @@ def test_the_end_of_a_process(tmp_path):
         assert sorted(store.row_keys("a")) == sorted(keys(*numbers))
 
 
+UNHEARD = """
+import sys
+from tests.contracts import keys, rows_of
+from modcache.stores.disk import DiskStore
+from modcache.stores.disk.directory import Directory
+
+def prepare(self, prepared=Directory.prepare):
+    if self.path.name == "full":
+        raise OSError("No space left on device")
+    prepared(self)
+
+Directory.prepare = prepare
+stores = [DiskStore(path) for path in sys.argv[1:]]
+for store in stores:
+    store.put("a", keys(1), rows_of([1]))
+"""
+
+
+@pytest.mark.parametrize("filters", ["default", "error"])
+def test_the_end_of_a_process_tells_what_nobody_heard_of(tmp_path, filters):
+    """A script that ends before its next call is told that nothing was written, and what can be written is."""
+    places = [str(tmp_path / "full"), str(tmp_path / "cache")]
+    done = subprocess.run(
+        [sys.executable, "-W", filters, "-c", UNHEARD, *places],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path.cwd(),
+    )
+    assert done.stderr.count("CacheWarning: no rows are written to the cache directory") == 1, done.stderr
+    with DiskStore(places[1]) as store:
+        assert store.row_keys("a") == keys(1)
+
+
 def test_a_closed_store_describes_nothing(tmp_path):
     """After close, no ability answers with anything, and none raises."""
     store = DiskStore(tmp_path)

@@ -39,7 +39,7 @@ def _listing(report: Listing) -> str:
         lines.append(
             [
                 short[visible(facts.namespace)],
-                visible(facts.cls or "-").rpartition(".")[2],
+                _class(facts),
                 f"{facts.rows:,}",
                 bytes_text(facts.bytes),
                 ago(facts.last_used),
@@ -47,6 +47,12 @@ def _listing(report: Listing) -> str:
             ]
         )
     return table(lines, frozenset({2, 3}))
+
+
+def _class(facts: NamespaceFacts) -> str:
+    """The name of the class, and of the module at which a recycled model is cut."""
+    name, cut = visible(facts.cls or "-").rpartition(".")[2], (facts.manifest or {}).get("cut")
+    return f"{name} at {visible(cut)}" if isinstance(cut, str) else name
 
 
 def _namespace(report: NamespaceFacts) -> str:

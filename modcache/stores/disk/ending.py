@@ -16,6 +16,9 @@ class Work(Protocol):
     def close(self) -> None:
         """Does what waits, and ends."""
 
+    def tell(self) -> None:
+        """Warns of what went wrong and nobody heard of."""
+
     def abandon(self) -> None:
         """In a forked child: leaves all of it to the parent."""
 
@@ -40,9 +43,12 @@ def forget(work: Work) -> None:
 
 
 def close_all() -> None:
-    """Does what waits, in all stores of the process."""
-    for work in list(_running):
+    """Does what waits, in all stores of the process; nobody else could say any more what went wrong."""
+    works = list(_running)
+    for work in works:
         work.close()
+    for work in works:
+        work.tell()
 
 
 def abandon_all() -> None:  # pragma: no cover - in a forked child, where coverage does not look

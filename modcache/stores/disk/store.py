@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import UsageError, UsageTypeError
-from ...notices import warn
 from ..budget import memory_here
 from ..incoming import check_batch, last_of_each
 from ..protocol import Found, StoreStats
@@ -31,6 +30,7 @@ from .readings import Readings
 from .records import records_of
 from .sharing import note, shared
 from .tasks import Drop, Facts, Put, Use
+from .troubles import tell
 from .writing import Writing
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class DiskStore:
         self._directory = Directory(directory)
         self._directory.check()
         self._refused = 0
-        self._said: set[str] = set()
+        self._told: set[str] = set()
         self._closed = False
         self._begin()
         note(self)
@@ -120,6 +120,7 @@ class DiskStore:
             max_bytes=self._options.max_bytes,
             keep_free=self._options.keep_free,
             queue_bytes=_queue_bytes(),
+            told=self._told,
         )
         self._end = weakref.finalize(self, self._writing.stop)
         self._end.atexit = False
@@ -357,13 +358,8 @@ class DiskStore:
 
     def _tell(self, reading: Reading | None = None) -> None:
         """Warns of what went wrong since, each kind of thing once."""
-        told = [self._troubles, self._writing.troubles, *([] if reading is None else [reading.troubles])]
-        for troubles in told:
-            while troubles:
-                kind, text = troubles.pop(0)
-                if kind not in self._said:
-                    self._said.add(kind)
-                    warn(text)
+        for troubles in (self._troubles, self._writing.troubles, [] if reading is None else reading.troubles):
+            tell(troubles, self._told)
 
     def _count_all(self) -> list[Count]:
         with self._lock:

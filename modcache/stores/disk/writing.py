@@ -27,6 +27,7 @@ from .reading import Reading
 from .records import Buffers
 from .room import IN_USE
 from .tasks import Begin, Drop, Facts, Put, Queue, Settle, Sync, Task, Use, closed_lock
+from .troubles import tell
 from .writers import Writers
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Writing:
         max_bytes: the bound of the directory, or None.
         keep_free: the bytes of its file system that stay free, or None for the usual floor.
         queue_bytes: rows that may wait; one larger batch may wait alone.
+        told: kinds of troubles that the user heard of.
     """
 
     def __init__(
@@ -59,9 +61,11 @@ class Writing:
         max_bytes: int | None,
         keep_free: int | None,
         queue_bytes: int,
+        told: set[str],
     ) -> None:
         self.troubles: list[tuple[str, str]] = []  # kind and text of what a user should hear of
         self.refused = self.evicted = 0
+        self._told = told
         self._buffers = Buffers()
         self._directory, self._lock = directory, lock
         self._queue = Queue(queue_bytes)
@@ -136,6 +140,10 @@ class Writing:
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+
+    def tell(self) -> None:
+        """Warns of what went wrong since a store asked last."""
+        tell(self.troubles, self._told)
 
     def abandon(self) -> None:  # pragma: no cover - in a forked child, where coverage does not look
         """In a forked child: what the parent queued and opened is the parent's alone."""
