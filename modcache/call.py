@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
@@ -27,7 +26,7 @@ from .plan import CallPlan, distinct, plan_call, rows_to_serve
 from .precision import difference
 from .recipe import Outline, form_of, recipe_of
 from .rows import Rows, join_rows
-from .running import Host, Job, Part, run_uncached
+from .running import Host, Job, Part, run_uncached, settle_quietly
 from .sameness import differences
 from .selfcheck import self_check_failed
 from .stores import Found
@@ -96,8 +95,7 @@ def call(
         try:
             return bypass(memo, host.run, args, kwargs, reason, None if batch is None else batch.size)
         finally:
-            with suppress(Exception):
-                host.settle()  # what that forward noted on the module is no other state of it
+            settle_quietly(host)
 
 
 def _keyed(memo: Memo, batch: Batch, arguments: Arguments, given: Given | None) -> Keyed:

@@ -24,7 +24,19 @@ from .recipe import Form
 from .rows import Rows
 from .theirs import noting
 
-__all__ = ["Host", "Job", "Part", "Run", "apart", "fitted", "is_out_of_memory", "prepared", "run_rows", "run_uncached"]
+__all__ = [
+    "Host",
+    "Job",
+    "Part",
+    "Run",
+    "apart",
+    "fitted",
+    "is_out_of_memory",
+    "prepared",
+    "run_rows",
+    "run_uncached",
+    "settle_quietly",
+]
 
 Part = tuple[np.ndarray, Rows]
 """Places in a batch, and the rows that belong there."""
@@ -126,7 +138,7 @@ def run_rows(job: Job, places: list[int], width: int) -> Run:
         output = ready() if whole else apart(ready)
     except Exception as error:
         if whole or is_out_of_memory(error):
-            _settle(job)
+            settle_quietly(job.host)
             raise
         _only_whole_batches(job, error, ready)
     if before != _versions(taken) or is_changed(contents):
@@ -162,7 +174,7 @@ def _only_whole_batches(job: Job, error: Exception, ready: Callable[[], object] 
     try:
         output = run_uncached(job.memo.options, job.host.run, arguments.args, arguments.kwargs)
     except Exception:
-        _settle(job)
+        settle_quietly(job.host)
         raise
     reason = "fails on some of its rows"
     culprit = "prepare" if ready is None else "forward"
@@ -177,10 +189,10 @@ def _only_whole_batches(job: Job, error: Exception, ready: Callable[[], object] 
     ) from None
 
 
-def _settle(job: Job) -> None:
-    """What a forward that failed noted on itself up to there is no other state of the module."""
-    with suppress(Exception):  # the user is to hear of the other one
-        job.host.settle()
+def settle_quietly(host: Host) -> None:
+    """What a forward noted on itself that failed, or whose rows are not stored, is no other state of the module."""
+    with suppress(Exception):  # the user is to get what the forward gave or raised
+        host.settle()
 
 
 def _runs_now(job: Job, ready: Callable[[], object]) -> bool:

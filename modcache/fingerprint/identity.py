@@ -305,7 +305,7 @@ class Identity:
             known = None if leaf is None else self._weights.known(leaf)
             if known is not None:
                 self._weights.firsts.setdefault(place, known)
-            # A tensor that was there has its name alone among the fields.
+            # b"" for a tensor that was there at first, whose digest is kept above; None for what was not there.
             self._bookkeeping.setdefault(place, first.get(place, None if known is None else b""))
 
     def _refresh_key(self, look: _Look) -> None:
