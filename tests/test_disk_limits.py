@@ -72,6 +72,40 @@ def test_the_bound_holds(swift_path):
     assert sizes_in(swift_path) > bound * 0.7
 
 
+def all_bytes_in(directory: Path) -> int:
+    """The bytes of everything in a cache directory that grows with what is stored."""
+    return sum(path.stat().st_size for part in ("rows", "catalogue") for path in (directory / part).rglob("*"))
+
+
+def test_the_bound_is_of_all_files(swift_path):
+    """The note of when a namespace was used counts, too, though it is written after the rows."""
+    bound = 100_000
+    with quiet(1), DiskStore(swift_path, max_bytes=bound, keep_free=0) as store:
+        for start in range(0, 300, 10):
+            put(store, "a", range(start, start + 10), KILO)
+    assert bound * 0.7 < all_bytes_in(swift_path) <= bound
+
+
+def test_the_bound_is_of_manifests_too(swift_path):
+    """What is described of a namespace that has no room is written as soon as there is room for its rows."""
+    bound, long = 100_000, {"class": "x" * 2000}
+    with quiet(1), DiskStore(swift_path, max_bytes=bound, keep_free=0) as store:
+        put(store, "a", range(90), KILO)
+        store.flush()
+        for number in range(20):
+            store.describe(f"n{number}", long)
+        store.flush()
+        assert all_bytes_in(swift_path) <= bound
+        put(store, "n19", range(100, 110), KILO)
+        store.flush()
+        store.delete("a")
+        put(store, "n19", range(10), KILO)
+    with DiskStore(swift_path) as store:
+        assert (store.manifest("n19") or {}).get("class") == long["class"]
+        assert have(store, "n19", range(10), KILO) == set(range(10))
+    assert all_bytes_in(swift_path) <= bound
+
+
 def test_the_bound_holds_over_restarts(swift_path):
     """What earlier processes wrote counts."""
     bound = 100_000

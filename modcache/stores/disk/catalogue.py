@@ -29,6 +29,8 @@ _MARK_TEXT: Final = b"modcache made this folder; no row is lost with it.\n"
 
 _WAIT: Final = 0.1  # seconds for another writer, who needs a thousandth
 _PATIENCE: Final = 2.0  # seconds for reading all of it; only a planted file takes more
+_EMPTY_BYTES: Final = 25 << 10  # of a new catalogue, in pages of SQLite
+_NOTE_BYTES: Final = 512  # of one more namespace, its share of the index included
 _MAX_FILE: Final = 256 << 20
 _MAX_TEXT: Final = 4096
 _MAX_COUNT: Final = 1 << 62
@@ -92,6 +94,12 @@ class Catalogue:
             self._write(lambda cache: cache.set(namespace, _text_of(entry)))
         else:
             self.rebuild({**reading.entries, namespace: entry})
+
+    def growth(self, namespace: str) -> int:
+        """About how many bytes a note of this namespace would take that are not taken yet."""
+        if not os.path.lexists(self._directory / FILE):
+            return _EMPTY_BYTES
+        return 0 if namespace in self._latest or namespace in self.entries() else _NOTE_BYTES
 
     def forget(self, namespace: str) -> None:
         """Drops what is known of a namespace."""

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from .names import MANIFEST
 
-__all__ = ["TEMPORARY", "merged", "read_manifest", "write_manifest"]
+__all__ = ["TEMPORARY", "manifest_bytes", "merged", "read_manifest", "write_manifest"]
 
 TEMPORARY: Final = re.compile(r"\.manifest-[0-9a-f]{16}\.tmp")
 """A manifest that is being written, or that a killed process left."""
@@ -44,6 +44,11 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):
             os.unlink(path)
         raise
+
+
+def manifest_bytes(facts: Mapping[str, Any]) -> int:
+    """How many bytes `write_manifest` would write."""
+    return len(_content_of(facts))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

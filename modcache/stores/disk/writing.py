@@ -17,12 +17,12 @@ from ..index import KEY_BYTES, Places
 from . import ending
 from .admission import Admission
 from .appending import GoneError
+from .beside import Beside
 from .catalogue import Catalogue
 from .counting import count_rows
 from .directory import Directory
 from .forks import undisturbed
-from .manifest import merged, read_manifest, write_manifest
-from .names import CATALOGUE, ROWS_FOLDER, SegmentName, new_writer
+from .names import CATALOGUE, SegmentName, new_writer
 from .reading import Reading
 from .records import Buffers
 from .room import IN_USE
@@ -69,8 +69,9 @@ class Writing:
         self._buffers = Buffers()
         self._directory, self._lock = directory, lock
         self._queue = Queue(queue_bytes)
-        self._catalogue = Catalogue(directory.path / CATALOGUE, writable=True)
-        self._admission = Admission(directory, max_bytes, keep_free, self._catalogue, self._note_dropped)
+        catalogue = Catalogue(directory.path / CATALOGUE, writable=True)
+        self._admission = Admission(directory, max_bytes, keep_free, catalogue, self._note_dropped)
+        self._beside = Beside(directory, catalogue, self._refusal)
         self._name = new_writer()
         self._numbers = itertools.count()
         self._sign: int | None = None
@@ -183,7 +184,7 @@ class Writing:
             case Drop() as drop:
                 self._drop(drop)
             case Facts() as task:
-                self._describe(task)
+                self._beside.describe(task)
             case Begin():
                 with contextlib.suppress(OSError):  # it is tried again when there are rows
                     self._ready()
@@ -216,7 +217,6 @@ class Writing:
         if segment.closed:
             return
         self._ready()
-        assert self._sign is not None
         writer = self._writers.of(reading, segment)
         count = sum(len(put.matrix) for put in puts)
         if not _follow(puts, writer.rows):  # an interrupt came while rows got their place
@@ -224,9 +224,7 @@ class Writing:
                 reading.give_up(segment)
             return
         size = sum(put.matrix.nbytes for put in puts) + count * _KEY_AND_SUM + _FRAME_BYTES + writer.head_bytes
-        spared = self._spared(reading)
-        with undisturbed:
-            reason = self._admission.refusal(size, self._name, self._sign, spared)
+        reason = self._refusal(size, segment.folder)
         if reason is not None:
             self._refuse(reading, segment, puts, reason)
             return
@@ -238,12 +236,15 @@ class Writing:
             self._move(reading, segment, puts)
             return
         with self._lock:
-            if not segment.closed:
+            committed = not segment.closed
+            if committed:
                 reading.committed(segment, first, stamp, sums)
                 self._queue.push(Settle(reading))
                 for put in puts:
                     self._buffers.give(put.buffer)
-                return
+        if committed:
+            self._beside.describe_late(segment.folder)
+            return
         # The namespace was deleted meanwhile; its files were unlinked, these perhaps were not there yet.
         self._directory.remove_segment(segment.folder, segment.name)
 
@@ -300,24 +301,23 @@ class Writing:
             self._directory.prepare()
             self._sign = self._directory.sign_in(self._name)
 
-    def _describe(self, task: Facts) -> None:
-        self._ready()
-        self._directory.make_folder((ROWS_FOLDER, task.folder))
-        place = self._directory.place_of(task.folder)
-        write_manifest(place, merged(read_manifest(place), task.facts))
-
     def _note_use(self, use: Use) -> None:
         with self._lock:
             self._uses[use.folder] = use.entry.last_used
         if self._directory.place_of(use.folder).is_dir() and os.access(self._directory.path, os.W_OK):
-            with undisturbed:
-                self._catalogue.note(use.namespace, use.entry)
+            with contextlib.suppress(OSError):  # nobody misses it
+                self._beside.note_use(use)
 
-    def _spared(self, reading: Reading) -> frozenset[str]:
+    def _refusal(self, size: int, folder: str) -> str | None:
+        """Why so many bytes more may not be written for a namespace, or None; what this process uses is spared."""
+        self._ready()
+        assert self._sign is not None
         now = time.time()
         with self._lock:
-            self._uses = {folder: at for folder, at in self._uses.items() if now - at <= IN_USE}
-            return frozenset({reading.folder, *self._uses})
+            self._uses = {used: at for used, at in self._uses.items() if now - at <= IN_USE}
+            spared = frozenset({folder, *self._uses})
+        with undisturbed:
+            return self._admission.refusal(size, self._name, self._sign, spared)
 
     def _note_dropped(self, folder: str) -> None:
         counted = count_rows(self._directory, folder)
