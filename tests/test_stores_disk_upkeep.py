@@ -371,6 +371,52 @@ def test_what_is_not_ours_is_not_repaired(cache, tmp_path):
     assert snapshot(*place(cache).iterdir()) == before
 
 
+@pytest.mark.parametrize("suffix", [".log", ".rows"])
+def test_a_file_in_a_segments_place_stays_alone(cache, suffix):
+    """Where a text has taken the place of one file, repairing takes the other away, and then nothing is damaged."""
+    name = plant(cache, NS, [(1, {1: 0})], writer="a" * 16)
+    plant(cache, NS, [(1, {2: 0})], writer="b" * 16)
+    taken = (place(cache) / name.log).with_suffix(suffix)
+    taken.write_text("my thesis\n" * 20)
+    before, left = snapshot(taken), (f"rows/{NS}/{taken.name}",)
+    assert not upkeep.verify(cache).fine
+    first = upkeep.verify(cache, repair=True)
+    assert (first.fine, len(first.damages), first.left) == (True, 1, left)
+    again = upkeep.verify(cache)
+    assert (again.damages, again.left, again.leftover_bytes, again.segments) == ((), left, 0, 1)
+    report = upkeep.gc(cache)
+    assert (report.orphans, report.freed_bytes) == (0, 0)
+    assert upkeep.du(cache).strange_bytes == 200
+    assert upkeep.stats(cache).damaged == 0
+    assert snapshot(taken) == before
+    assert sorted(path.name[0] for path in place(cache).iterdir()) == ["a", "b", "b"]
+
+
+def test_what_is_damaged_beyond_recognition_is_taken_away(cache):
+    """Files of one segment that changed places, and files whose beginnings a loss of power made zeros, are ours."""
+    swapped, zeros = plant(cache, NS, [(1, {1: 0})], writer="a" * 16), plant(cache, NS, [(1, {2: 0})], writer="b" * 16)
+    plant(cache, NS, [(1, {3: 0})], writer="c" * 16)
+    log, rows = (place(cache) / swapped.log).read_bytes(), (place(cache) / swapped.rows).read_bytes()
+    (place(cache) / swapped.log).write_bytes(rows)
+    (place(cache) / swapped.rows).write_bytes(log)
+    for file in (zeros.log, zeros.rows):
+        (place(cache) / file).write_bytes(bytes(4096))
+    assert len(upkeep.verify(cache).damages) == 2
+    assert upkeep.verify(cache, repair=True).fine
+    again = upkeep.verify(cache)
+    assert (again.damages, again.left, again.leftover_bytes, again.segments) == ((), (), 0, 1)
+    assert content_of(cache, NS, range(5)) == {3: value_of(3)}
+
+
+def test_links_in_a_segments_place_are_no_segment(cache, tmp_path):
+    """A link that nothing else of a segment lies beside is neither damage, nor left over."""
+    plant(cache, NS, [(1, {1: 0})])
+    (place(cache) / f"{'b' * 16}-000000.log").symlink_to(tmp_path)
+    report = upkeep.verify(cache)
+    assert (report.damages, report.left, report.segments) == ((), (), 1)
+    assert upkeep.gc(cache).orphans == 0
+
+
 def test_the_living_are_not_repaired(cache):
     """A damaged segment of a living writer is told, and left for later."""
     name = plant(cache, NS, [(1, {1: 0})])

@@ -132,6 +132,7 @@ def _verified(report: VerifyReport) -> str:
     lines.append(f"read {report.rows:,} rows in {report.segments:,} segments, {bytes_text(report.bytes)}")
     if report.leftover_bytes:
         lines.append(f"{bytes_text(report.leftover_bytes)} were never committed; modcache gc reclaims that")
+    lines += [f"not modcache's, stays: {name}" for name in report.left]
     left = sum(not damage.repaired for damage in report.damages)
     lines.append("nothing is damaged" if not report.damages else f"{len(report.damages)} segments damaged, {left} left")
     return visible("\n".join(lines))

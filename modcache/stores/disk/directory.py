@@ -32,6 +32,7 @@ _NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 # A pipe that somebody put in a file's place must not block whoever opens it.
 _SAFE: Final = _NO_FOLLOW | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"))
 _MOST_FORMAT_BYTES: Final = 1 << 16
+_NOTHING_OF_OURS: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
 
 
 class Directory:
@@ -152,32 +153,43 @@ class Directory:
         """
         return self.open((ROWS_FOLDER, folder), name, flags)
 
-    def remove_segment(self, folder: str, segment: SegmentName) -> int:
-        """Unlinks the files of a segment that are ours by their first bytes; the bytes that they had.
+    def files_of(self, folder: str, segment: SegmentName) -> dict[str, bool]:
+        """The files of a segment that are there, each with whether it is ours.
 
-        A file of our name that begins otherwise is somebody else's and stays. The log goes first: rows
-        without a log are believed by nobody.
+        It is if it begins as ours do, is too short to tell, or lost its beginning: a system that lost power may
+        leave zeros in a file. What begins otherwise is somebody else's.
+
+        Raises:
+            OSError: one cannot be opened.
+        """
+        found = {name: self._is_ours(folder, name) for name in (segment.log, segment.rows)}
+        return {name: ours for name, ours in found.items() if ours is not None}
+
+    def _is_ours(self, folder: str, name: str) -> bool | None:
+        try:
+            with self.opened_segment(folder, name) as file:
+                return _begins_as_ours(name, file)
+        except OSError as error:
+            if error.errno in _NOTHING_OF_OURS:
+                return None
+            raise
+
+    def remove_segment(self, folder: str, segment: SegmentName) -> int:
+        """Unlinks the files of a segment that are ours; the bytes that they had.
+
+        A file that is not ours stays. The log goes first: rows without a log are believed by nobody.
 
         Raises:
             OSError: a file cannot be unlinked.
         """
         freed = 0
-        for name, magic, head in (
-            (segment.log, LOG_MAGIC, LOG_START_BYTES),
-            (segment.rows, ROWS_MAGIC, ROWS_HEAD_BYTES),
-        ):
-            try:
-                with self.opened_segment(folder, name) as file:
-                    size = os.fstat(file).st_size
-                    if size >= head and os.pread(file, len(magic), 0) != magic:
-                        continue
-            except OSError as error:
-                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL):  # nothing of ours is there
-                    continue
-                raise
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.place_of(folder) / name)
-                freed += size
+        for name in (segment.log, segment.rows):
+            if self._is_ours(folder, name):
+                place = self.place_of(folder) / name
+                with contextlib.suppress(FileNotFoundError):
+                    size = os.lstat(place).st_size
+                    os.unlink(place)
+                    freed += size
         return freed
 
     def remove_segments(self, folder: str) -> None:
@@ -279,6 +291,13 @@ class Directory:
             return os.listdir(place) if stat.S_ISDIR(os.lstat(place).st_mode) else []
         except OSError:
             return []
+
+
+def _begins_as_ours(name: str, file: int) -> bool:
+    least = LOG_START_BYTES if name.endswith(".log") else ROWS_HEAD_BYTES
+    head = os.pread(file, least, 0)
+    # Either beginning: the two files of a segment may have changed places.
+    return len(head) < least or head.startswith((LOG_MAGIC, ROWS_MAGIC)) or not any(head)
 
 
 def _opened(path: str | Path, flags: int, folder: int | None = None) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from ..directory import Directory
 from .reports import Damage, VerifyReport
 from .rewrite import Flags, chunks_of
+from .strange import is_there, strange_files
 from .survey import Folder, SegmentFacts, opened, survey
 from .work import Work, at_work
 
@@ -93,6 +94,9 @@ def verify(
             if one.what is not None
         ),
         leftover_bytes=sum(one.segment.leftover_bytes for _, found in checked for one in found),
+        left=tuple(
+            f"rows/{folder.folder}/{name}" for folder, _ in checked for name in strange_files(directory, folder.folder)
+        ),
     )
 
 
@@ -114,12 +118,9 @@ def _repair(work: Work, folder: Folder, found: list[_Checked]) -> list[str]:
         if segment.problem is None:
             # Also rows that were overwritten: the later one may be what is damaged.
             work.rewrite(folder, [segment], {segment.title: one.good}, all_drops=True)
-        elif not work.remove(folder, [segment]) and _is_there(work.directory, folder, segment):
-            continue  # not ours
+        else:
+            work.remove(folder, [segment])
+            if is_there(work.directory, folder.folder, segment.name):
+                continue  # not ours
         mended.append(segment.title)
     return mended
-
-
-def _is_there(directory: Directory, folder: Folder, segment: SegmentFacts) -> bool:
-    place = directory.place_of(folder.folder)
-    return any(os.path.lexists(place / name) for name in (segment.name.log, segment.name.rows))

@@ -13,6 +13,7 @@ from ....errors import UsageError
 from ....rows import Layout
 from ...differing import differences
 from .. import catalogue
+from ..directory import Directory
 from ..manifest import TEMPORARY
 from ..names import CATALOGUE, FORMAT_FILE, MANIFEST
 from .reports import LayoutFacts, Listing, NamespaceFacts, Totals, Usage
@@ -106,7 +107,7 @@ def du(path: str | os.PathLike[str]) -> Usage:
     damaged = sum(segment.bytes for segment in segments if segment.problem is not None)
     in_segments = sum(segment.bytes for segment in segments)
     files = list(_files(directory.path))
-    ours = {folder.folder: directory.names_in(folder.folder).keys() for folder in folders}
+    ours = {folder.folder: _ours(directory, folder) for folder in folders}
     known = [found for parts, found in files if _is_ours(parts, ours)]
     strange = sum(found.st_size for parts, found in files if not _is_ours(parts, ours))
     return Usage(
@@ -209,6 +210,12 @@ def _files(place: Path, parts: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
             yield from _files(place, here)
         elif stat.S_ISREG(found.st_mode):
             yield here, found
+
+
+def _ours(directory: Directory, folder: Folder) -> frozenset[str]:
+    """The names of the files of its segments."""
+    known = {segment.name for segment in folder.segments}
+    return frozenset(file for file, name in directory.names_in(folder.folder).items() if name in known)
 
 
 def _is_ours(parts: tuple[str, ...], segments: Mapping[str, object]) -> bool:

@@ -197,6 +197,7 @@ class VerifyReport(Report):
         bytes: of these rows.
         damages: one for each segment with anything wrong.
         leftover_bytes: of what was never committed; that is no damage.
+        left: files of somebody else that have the name of a segment's, and stay.
     """
 
     directory: str
@@ -205,6 +206,7 @@ class VerifyReport(Report):
     bytes: int
     damages: tuple[Damage, ...]
     leftover_bytes: int
+    left: tuple[str, ...] = ()
 
     @property
     def fine(self) -> bool:

@@ -29,6 +29,7 @@ from ..frames import (
 from ..manifest import read_manifest
 from ..names import CATALOGUE, SegmentName, folder_of
 from ..segment import read_all, read_header
+from .strange import is_there
 
 __all__ = ["Folder", "SegmentFacts", "Standing", "entries_of", "opened", "standing_of", "survey", "survey_folder"]
 
@@ -181,7 +182,9 @@ def survey_folder(directory: Directory, folder: str, last_used: float = 0.0) -> 
         folder: its name there.
         last_used: the least that the answer may say.
     """
-    segments = tuple(_read(directory, folder, name) for name in directory.segments(folder))
+    segments = tuple(
+        _read(directory, folder, name) for name in directory.segments(folder) if is_there(directory, folder, name)
+    )
     manifest = read_manifest(directory.place_of(folder))
     told = [segment.header.namespace for segment in segments if segment.header is not None]
     told += [str((manifest or {}).get("namespace"))]
