@@ -8,11 +8,12 @@ import pickle
 import signal
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from modcache.errors import UsageTypeError
-from modcache.rows import Rows
+from modcache.rows import SINGLE, Layout, Rows
 from modcache.stores import Found, MemoryStore, StoreStats, TieredStore
 from tests.contracts import LAYOUTS, PAIR, LendingContract, answers, expected, keys, rows_of
 
@@ -333,6 +334,18 @@ def test_namespace_bytes():
     assert (both.namespace_bytes("a"), both.namespace_bytes("b")) == (24, 0)
     assert front_only.namespace_bytes("a") == 24
     assert TieredStore(PlainStore(), PlainStore()).namespace_bytes("a") == 0
+
+
+def test_one_value_with_a_stride_comes_from_the_back(store, back, monkeypatch):
+    """A store of the user's may give a row of one value that is cut out of others; it is joined with the front's."""
+    layout = Layout(SINGLE, ((torch.float32, (1,)),))
+    store.front.put("a", keys(1), Rows(layout, (torch.ones(1, 1),)))
+    cut = torch.full((4, 2), 7.0)[:1, ::2]
+    assert cut.is_contiguous()
+    assert cut.stride(-1) > 1
+    monkeypatch.setattr(back, "get", lambda *_: (Found(np.array([0]), Rows(layout, (cut,))),))
+    (found,) = store.get("a", keys(1, 2))
+    assert found.rows.tensors[0].tolist() == [[1.0], [7.0]]
 
 
 def test_closed_at_the_end_of_a_block():

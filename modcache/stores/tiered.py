@@ -302,7 +302,8 @@ def _interleaved(mine: torch.Tensor, other: torch.Tensor, target: torch.Tensor) 
 
 
 def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
-    return rows.view(len(rows), -1).view(torch.uint8)
+    # By way of one more dimension: the last stride of contiguous rows is any number where its size is 1.
+    return rows.contiguous().unsqueeze(-1).view(torch.uint8).view(len(rows), -1)
 
 
 def _contains(tier: Store, namespace: str, row_keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:

@@ -93,6 +93,8 @@ class DiskStore:
             raise UsageError("A DiskStore needs a POSIX system, such as Linux or macOS. Use a MemoryStore here.")
         if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
             raise UsageTypeError(f"directory is the path of a cache directory, but {directory!r} was given.")
+        if "\0" in os.fsdecode(directory):
+            raise UsageError(f"directory is the path of a cache directory; found a null character in {directory!r}.")
         self._options = Options(max_bytes, mmap, keep_free)
         self._directory = Directory(directory)
         self._directory.check()
