@@ -267,7 +267,7 @@ def test_options_that_cannot_be_right(tmp_path):
     for wrong in (None, 3, ""):
         with pytest.raises(UsageTypeError, match="path of a cache directory"):
             DiskStore(wrong)
-    with pytest.raises(UsageError, match="null character in 'no.*such'"):
+    with pytest.raises(UsageError, match=r"null character in 'no.*such'"):
         DiskStore("no\0such")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
