@@ -41,6 +41,7 @@ __all__ = [
     "fork",
     "have",
     "key_of",
+    "later",
     "namespaces_of",
     "needs_fork",
     "put",
@@ -114,6 +115,13 @@ def quiet(most: int | None = None) -> Iterator[list[str]]:
     assert strange == []
     assert len(texts) == len(set(texts)), f"a warning came twice: {texts}"
     assert most is None or len(texts) <= most, f"{len(texts)} warnings, not {most}: {texts}"
+
+
+def later(monkeypatch: pytest.MonkeyPatch, hours: float) -> None:
+    """Lets time pass."""
+    real, real_ns = time.time, time.time_ns
+    monkeypatch.setattr(time, "time", lambda: real() + hours * 3600)
+    monkeypatch.setattr(time, "time_ns", lambda: real_ns() + int(hours * 3600e9))
 
 
 # --- what lies in a directory ---------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from tests.directories import (
     fork,
     have,
     key_of,
+    later,
     needs_fork,
     put,
     quiet,
@@ -152,13 +153,6 @@ def test_a_bound_is_more_than_nothing(swift_path):
         DiskStore(swift_path, max_bytes="1GB")
     with pytest.raises(ValueError, match="keep_free"):
         DiskStore(swift_path, keep_free=-1)
-
-
-def later(monkeypatch, hours: float) -> None:
-    """Lets time pass."""
-    real, real_ns = time.time, time.time_ns
-    monkeypatch.setattr(time, "time", lambda: real() + hours * 3600)
-    monkeypatch.setattr(time, "time_ns", lambda: real_ns() + int(hours * 3600e9))
 
 
 def test_the_least_recently_used_namespaces_go(swift_path, monkeypatch):

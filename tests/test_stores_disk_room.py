@@ -65,6 +65,7 @@ def test_census(tmp_path):
     assert census.folders.keys() == {folder_of("a"), folder_of("b")}
     assert census.folders[folder_of("a")].bytes > 100 * VECTOR.row_bytes
     assert sum(census.writers.values()) == sum(usage.bytes for usage in census.folders.values())
+    assert census.catalogue == census.bytes - sum(census.writers.values()) > 0
     assert take_census(Directory(tmp_path / "nothing")).bytes == 0
 
 

@@ -6,8 +6,8 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, Literal
 
 from . import room
 from .directory import Directory
@@ -17,11 +17,16 @@ from .names import ADMISSION, WRITERS_FOLDER, folder_of
 if TYPE_CHECKING:
     from .catalogue import Catalogue
 
-__all__ = ["Admission"]
+__all__ = ["Admission", "Kind"]
 
-_PATIENCE: Final = 2.0  # seconds that we wait for others who make room; who holds the lock counts files, no more
-_STUBBORN: Final = 5.0  # seconds
+_PATIENCE: Final = 10.0  # seconds that we wait for others who make room; who holds the lock counts files, no more
+_STUBBORN: Final = 5.0  # seconds for which an answer is believed, if nothing is heard of a change
 _CAP_BYTES: Final = 20
+_BESIDE_SHARE: Final = 8  # of what is left may be written beside the rows before it is counted again
+_BESIDE_BYTES: Final = 1 << 20
+
+Kind = Literal["rows", "manifest", "note"]
+"""What is to be written."""
 
 
 class Admission:
@@ -51,7 +56,8 @@ class Admission:
         self._keep_free = keep_free
         self._catalogue = catalogue
         self._dropping = dropping
-        self._refused = 0, 0.0  # bytes, and until when no more than that is asked for
+        self._refused: dict[Kind, tuple[int, float]] = {}  # bytes, and until when so many are not asked for again
+        self._allowed: dict[Kind, tuple[int, float]] = {}  # bytes beside the rows, and until when nobody need be asked
         self._written = self._cap = 0  # bytes of this writer: in its files, and how far they may grow
 
     def refusal(self, size: int, writer: str, sign: int, spared: frozenset[str]) -> str | None:
@@ -66,18 +72,46 @@ class Admission:
         Raises:
             OSError: the directory cannot be looked at.
         """
-        usage = shutil.disk_usage(self._directory.path)
-        floor = room.floor_of(usage.total) if self._keep_free is None else self._keep_free
-        if usage.free - size < floor:
-            return f"only {usage.free} bytes are free in its file system, and {floor} shall stay free (keep_free)"
-        if self._max_bytes is None:
-            return None
-        if self._written + size > self._cap and (self._lately(size) or not self._ask(size, writer, sign, spared)):
-            if not self._lately(size):
-                self._refused = size, time.monotonic() + _STUBBORN
-            return f"it holds its max_bytes={self._max_bytes}, and everything in it was used within the hour"
+        reason = self._floor_reached(size)
+        if reason is not None or self._max_bytes is None:
+            return reason
+        if self._written + size > self._cap:
+            reason = self._full() if self._lately("rows", size) else self._ask(size, writer, sign, spared)
+            if reason is not None:
+                self._note_refused("rows", size)
+                return reason
         self._written += size
         return None
+
+    def fits(self, size: int, writer: str, kind: Kind) -> bool:
+        """Whether so many bytes may be written beside the rows: no rows go for them, and nothing is reserved.
+
+        Without a lock: others who ask at this moment may be given the same few bytes.
+
+        Args:
+            size: of what is to be written.
+            writer: who writes.
+            kind: of what is to be written; rows leave some room to notes.
+
+        Raises:
+            OSError: the directory cannot be looked at.
+        """
+        if self._floor_reached(size) is not None:
+            return False
+        if self._max_bytes is None:
+            return True
+        if self._lately(kind, size):
+            return False
+        allowed, until = self._allowed.get(kind, (0, 0.0))
+        if size > allowed or time.monotonic() > until:
+            census, caps = self._count(writer)
+            left = self._left(self._max_bytes, kind, census, {**caps, writer: self._cap})
+            if size > left:
+                self._note_refused(kind, size)
+                return False
+            allowed, until = max(size, min(left // _BESIDE_SHARE, _BESIDE_BYTES)), time.monotonic() + _STUBBORN
+        self._allowed[kind] = allowed - size, until
+        return True
 
     def release(self, sign: int) -> None:
         """Gives back what was reserved and not written."""
@@ -87,36 +121,59 @@ class Admission:
 
     def ask_again(self) -> None:
         """There may be room where there was none."""
-        self._refused = 0, 0.0
+        self._refused.clear()
 
     def forget(self) -> None:
         """Begins anew, for another writer."""
         self._written = self._cap = 0
+        self._allowed.clear()
         self.ask_again()
 
-    def _lately(self, size: int) -> bool:
+    def _floor_reached(self, size: int) -> str | None:
+        """Why so many bytes more would leave too few of the file system free, or None."""
+        usage = shutil.disk_usage(self._directory.path)
+        floor = room.floor_of(usage.total) if self._keep_free is None else self._keep_free
+        if usage.free - size < floor:
+            return f"only {usage.free} bytes are free in its file system, and {floor} shall stay free (keep_free)"
+        return None
+
+    def _full(self) -> str:
+        return f"it holds its max_bytes={self._max_bytes}, and everything in it was used within the hour"
+
+    def _lately(self, kind: Kind, size: int) -> bool:
         """Whether so much was refused a moment ago: not every batch needs a census."""
-        least, until = self._refused
+        least, until = self._refused.get(kind, (0, 0.0))
         return size >= least and time.monotonic() < until
 
-    def _ask(self, size: int, writer: str, sign: int, spared: frozenset[str]) -> bool:
+    def _note_refused(self, kind: Kind, size: int) -> None:
+        if not self._lately(kind, size):
+            self._refused[kind] = size, time.monotonic() + _STUBBORN
+
+    @staticmethod
+    def _left(max_bytes: int, kind: Kind, census: room.Census, caps: Mapping[str, int]) -> int:
+        """The bytes that may still be written, by how far some writers may go without asking."""
+        kept = 0 if kind == "note" else room.kept_for_notes(max_bytes, census.catalogue)
+        return max_bytes - census.bytes - kept - room.reserved(census.writers, caps)
+
+    def _ask(self, size: int, writer: str, sign: int, spared: frozenset[str]) -> str | None:
+        """Asks for leave to write some rows, and more if there is room; why there is none, or None."""
         assert self._max_bytes is not None
         with self._directory.opened((WRITERS_FOLDER,), ADMISSION, os.O_RDWR | os.O_CREAT) as file:
             end = time.monotonic() + _PATIENCE
             while not locked(file, wait=False):
                 if time.monotonic() > end:
-                    return False
+                    return f"for {_PATIENCE:.0f} seconds, others have been counting what it holds"
                 time.sleep(0.005)
             census, caps = self._count(writer)
-            left = self._max_bytes - census.bytes - room.reserved(census.writers, caps)
+            left = self._left(self._max_bytes, "rows", census, caps)
             if left < size and self._make_room(census, size - left, spared):
                 census, caps = self._count(writer)
-                left = self._max_bytes - census.bytes - room.reserved(census.writers, caps)
+                left = self._left(self._max_bytes, "rows", census, caps)
             granted = room.grant(left, size, len(caps) + 1)
             self._written = census.writers.get(writer, 0)
             self._cap = self._written + granted
             self._tell(sign)
-            return granted >= size
+            return None if granted >= size else self._full()
 
     def _count(self, writer: str) -> tuple[room.Census, dict[str, int]]:
         """What lies there, and how far each other live writer may go."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .texts import TextCache
 
-__all__ = ["Catalogue", "Entry"]
+__all__ = ["FIRST_BYTES", "MORE_BYTES", "Catalogue", "Entry"]
 
 FILE: Final = "cache.db"
 BESIDE: Final = ("cache.db-journal", "cache.db-wal", "cache.db-shm")
@@ -29,8 +29,12 @@ _MARK_TEXT: Final = b"modcache made this folder; no row is lost with it.\n"
 
 _WAIT: Final = 0.1  # seconds for another writer, who needs a thousandth
 _PATIENCE: Final = 2.0  # seconds for reading all of it; only a planted file takes more
-_EMPTY_BYTES: Final = 25 << 10  # of a new catalogue, in pages of SQLite
-_NOTE_BYTES: Final = 512  # of one more namespace, its share of the index included
+FIRST_BYTES: Final = 25 << 10
+"""What a catalogue takes with its first note."""
+MORE_BYTES: Final = 8 << 10
+"""What it may take more with one more namespace: pages of a table and of its index."""
+
+_EACH_BYTES: Final = 256  # of a namespace, on the average
 _MAX_FILE: Final = 256 << 20
 _MAX_TEXT: Final = 4096
 _MAX_COUNT: Final = 1 << 62
@@ -85,21 +89,24 @@ class Catalogue:
         self._look()
         return dict(self._latest)
 
-    def note(self, namespace: str, entry: Entry) -> None:
-        """Writes what is known of one namespace now; a damaged catalogue is begun anew with it."""
-        reading = self._look()
-        if reading is None:
-            return
-        if reading.sane or not os.path.lexists(self._directory / FILE):
-            self._write(lambda cache: cache.set(namespace, _text_of(entry)))
-        else:
-            self.rebuild({**reading.entries, namespace: entry})
+    def note(self, namespace: str, entry: Entry, may_grow: Callable[[int], bool] = lambda _: True) -> None:
+        """Writes what is known of one namespace now; a damaged catalogue is begun anew with it.
 
-    def growth(self, namespace: str) -> int:
-        """About how many bytes a note of this namespace would take that are not taken yet."""
-        if not os.path.lexists(self._directory / FILE):
-            return _EMPTY_BYTES
-        return 0 if namespace in self._latest or namespace in self.entries() else _NOTE_BYTES
+        Args:
+            namespace: its name.
+            entry: what is known.
+            may_grow: whether there is room for about so many bytes more; asked where more than a page is written over.
+        """
+        reading = self._look()
+        if reading is None or not self._writable or not self._is_ours():
+            return
+        there = os.path.lexists(self._directory / FILE)
+        if reading.sane or not there:
+            growth = FIRST_BYTES if not there else 0 if namespace in reading.entries else MORE_BYTES
+            if not growth or may_grow(growth):
+                self._write(lambda cache: cache.set(namespace, _text_of(entry)))
+        elif may_grow(FIRST_BYTES + _EACH_BYTES * len(reading.entries)):
+            self.rebuild({**reading.entries, namespace: entry})
 
     def forget(self, namespace: str) -> None:
         """Drops what is known of a namespace."""

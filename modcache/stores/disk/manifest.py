@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from .names import MANIFEST
 
-__all__ = ["TEMPORARY", "manifest_bytes", "merged", "read_manifest", "write_manifest"]
+__all__ = ["TEMPORARY", "manifest_growth", "merged", "read_manifest", "write_manifest"]
 
 TEMPORARY: Final = re.compile(r"\.manifest-[0-9a-f]{16}\.tmp")
 """A manifest that is being written, or that a killed process left."""
@@ -46,9 +46,13 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
         raise
 
 
-def manifest_bytes(facts: Mapping[str, Any]) -> int:
-    """How many bytes `write_manifest` would write."""
-    return len(_content_of(facts))
+def manifest_growth(folder: Path, facts: Mapping[str, Any]) -> int:
+    """How many bytes more `write_manifest` would leave there than there are."""
+    try:
+        found = os.lstat(folder / MANIFEST).st_size
+    except OSError:
+        found = 0
+    return len(_content_of(facts)) - found
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -8,12 +8,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from .catalogue import FIRST_BYTES, MORE_BYTES
 from .directory import Directory
 from .names import CATALOGUE
 
-__all__ = ["IN_USE", "Census", "Usage", "floor_of", "grant", "looks_of", "reserved", "take_census", "to_drop"]
+__all__ = [
+    "IN_USE",
+    "Census",
+    "Usage",
+    "floor_of",
+    "grant",
+    "kept_for_notes",
+    "looks_of",
+    "reserved",
+    "take_census",
+    "to_drop",
+]
 
 _LARGEST_FLOOR: Final = 1 << 30
+_ENOUGH_FOR_NOTES: Final = 1 << 20  # a smaller bound is used up by rows
 _FLOOR_SHARE: Final = 20
 IN_USE: Final = 3600.0
 """Seconds for which what was used is not dropped."""
@@ -40,11 +53,13 @@ class Census:
 
     Args:
         bytes: of all files there.
+        catalogue: of these, the bytes of the catalogue.
         folders: the usage of each namespace, as far as its files tell.
         writers: the bytes of the segments of each writer.
     """
 
     bytes: int = 0
+    catalogue: int = 0
     folders: dict[str, Usage] = field(default_factory=dict)
     writers: dict[str, int] = field(default_factory=dict)
 
@@ -62,7 +77,8 @@ def take_census(directory: Directory) -> Census:
                 census.writers[writer] = census.writers.get(writer, 0) + found.st_size
         census.folders[folder] = Usage(folder, total, latest)
         census.bytes += total
-    census.bytes += sum(found.st_size for _, found in _files_in(directory.path / CATALOGUE))
+    census.catalogue = sum(found.st_size for _, found in _files_in(directory.path / CATALOGUE))
+    census.bytes += census.catalogue
     return census
 
 
@@ -103,6 +119,15 @@ def grant(left: int, wanted: int, writers: int) -> int:
     if wanted > left:
         return 0
     return max(wanted, left // (2 * max(1, writers)))
+
+
+def kept_for_notes(max_bytes: int, catalogue_bytes: int) -> int:
+    """The bytes that are left for the catalogue to grow: who has no note may be taken for unused.
+
+    >>> kept_for_notes(1 << 30, 0), kept_for_notes(1 << 30, 1 << 20), kept_for_notes(100_000, 0)
+    (33792, 8192, 0)
+    """
+    return max(MORE_BYTES, FIRST_BYTES + MORE_BYTES - catalogue_bytes) if max_bytes >= _ENOUGH_FOR_NOTES else 0
 
 
 def floor_of(file_system_bytes: int) -> int:

@@ -71,7 +71,7 @@ class Writing:
         self._queue = Queue(queue_bytes)
         catalogue = Catalogue(directory.path / CATALOGUE, writable=True)
         self._admission = Admission(directory, max_bytes, keep_free, catalogue, self._note_dropped)
-        self._beside = Beside(directory, catalogue, self._refusal)
+        self._beside = Beside(directory, catalogue, lambda size, kind: self._admission.fits(size, self._name, kind))
         self._name = new_writer()
         self._numbers = itertools.count()
         self._sign: int | None = None
@@ -184,6 +184,7 @@ class Writing:
             case Drop() as drop:
                 self._drop(drop)
             case Facts() as task:
+                self._ready()
                 self._beside.describe(task)
             case Begin():
                 with contextlib.suppress(OSError):  # it is tried again when there are rows
@@ -305,12 +306,10 @@ class Writing:
         with self._lock:
             self._uses[use.folder] = use.entry.last_used
         if self._directory.place_of(use.folder).is_dir() and os.access(self._directory.path, os.W_OK):
-            with contextlib.suppress(OSError):  # nobody misses it
-                self._beside.note_use(use)
+            self._beside.note_use(use)
 
     def _refusal(self, size: int, folder: str) -> str | None:
         """Why so many bytes more may not be written for a namespace, or None; what this process uses is spared."""
-        self._ready()
         assert self._sign is not None
         now = time.time()
         with self._lock:
