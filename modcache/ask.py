@@ -168,7 +168,8 @@ def explained(
     if torch.is_grad_enabled():
         refuse_grad(arguments)
     found = memo.contains(namespace, keyed.keys)
-    answers = memo.recent.explain(namespace, keyed, shared_digests(batch), found, namespaces, nearest)
+    bypassed = memo.stats().reasons
+    answers = memo.recent.explain(namespace, keyed, shared_digests(batch), found, namespaces, nearest, bypassed)
     if memo.findings.passed(namespace, form) is not None or len(set(keyed.keys)) < 2:
         return answers
     why = "stored, but batches of this form are not checked yet: the first one is run as a whole"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,6 +88,7 @@ class Recent:
         found: Sequence[bool],
         namespaces: Mapping[str, Mapping[str, bytes]],
         nearest: Sequence[str] | None = None,
+        bypassed: Iterable[str] = (),
     ) -> list[Explanation]:
         """One explanation per row of a call (the arguments are those of `ask.explained`)."""
         with self._lock:
@@ -96,14 +96,11 @@ class Recent:
         asked = _Call(namespace, keyed.metas, shared, keyed.keys, _told_digests(keyed))
         known = dict(row for call in calls for row in call.rows())
         near = _Near(asked, calls)
-        elsewhere = ""
-        if nearest is not None:
-            told = ", ".join(nearest) or "nothing that is told in the manifests"
-            elsewhere = f"; the store has rows of this class under another fingerprint; what differs: {told}"
+        nothing = "; ".join(_of_nothing_stored(nearest, bypassed))
         return [
             Explanation(place, True, "stored in this namespace")
             if found[place]
-            else Explanation(place, False, _why(own, known.get(key), near, namespaces, elsewhere))
+            else Explanation(place, False, _why(own, known.get(key), near, namespaces, nothing))
             for place, (key, own) in enumerate(asked.rows())
         ]
 
@@ -159,12 +156,21 @@ def _plain_digests(part: Part) -> list[bytes] | None:
         return None
 
 
+def _of_nothing_stored(nearest: Sequence[str] | None, bypassed: Iterable[str]) -> Iterator[str]:
+    yield "nothing was stored by this module yet"
+    if reasons := ", ".join(bypassed):
+        yield f"calls were bypassed: {reasons}"
+    if nearest is not None:
+        told = ", ".join(nearest) or "nothing that is told in the manifests"
+        yield f"the store has rows of this class under another fingerprint; what differs: {told}"
+
+
 def _why(
-    own: _Known, twin: _Known | None, near: _Near, namespaces: Mapping[str, Mapping[str, bytes]], elsewhere: str
+    own: _Known, twin: _Known | None, near: _Near, namespaces: Mapping[str, Mapping[str, bytes]], nothing: str
 ) -> str:
     nearest = near.nearest(own)
     if nearest is None:
-        return f"nothing was stored by this module yet{elsewhere}"
+        return nothing
     if twin is not None and twin.namespace != own.namespace:
         parts = differing_parts(namespaces.get(own.namespace, {}), namespaces.get(twin.namespace, {}))
         return f"its input is known, but under another state or context: {', '.join(parts) or 'not digested'}"
@@ -180,7 +186,7 @@ def differing_parts(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> lis
 
 
 def _likeness(one: _Call, other: _Call) -> tuple[int, int]:
-    return sum(map(operator.eq, one.metas, other.metas)), len(set(one.shared) & set(other.shared))
+    return -len({*one.metas} ^ {*other.metas}), -len({*one.shared} ^ {*other.shared})
 
 
 def _agreement(own: _Known, other: _Known) -> int:

@@ -206,6 +206,8 @@ def self_check_failed(job: Job, what: str, *output: object) -> Bypass:
         else "if it is random, make it deterministic; if an argument is the same for all rows, name it in broadcast=; "
         "if the batch is not its first dimension, set batch_first=True where it has that, or give per_row=False"
     )
+    if job.keyed.given or job.memo.options.extractor.function is not None:
+        hint = f"if different inputs have the same key, give them keys that differ; {hint}"
     return Bypass(
         reason,
         f"{what}. Its rows depend on chance or on each other, so it runs uncached from now on. What to do: {hint}.",

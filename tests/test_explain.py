@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from modcache import CacheMissError, UsageTypeError, cache_of, cached_module, mode, register_key_extractor
+from modcache import CacheMissError, CacheWarning, UsageTypeError, cache_of, cached_module, mode, register_key_extractor
 from modcache import explain as module
 from modcache.explain import Explanation, Recent, differing_parts
 from modcache.keys import registry
@@ -72,6 +72,15 @@ def test_an_argument_that_is_no_longer_there():
     cached = cached_module(Scaled(), freeze=True)
     cached(X, 2.0, torch.tensor(1.0))
     assert reasons(cached, X, 2.0)[0].endswith("differs from the nearest stored row: offset")
+
+
+def test_the_call_that_is_most_alike():
+    """A row is compared with those of calls with the same arguments, whatever was stored after them."""
+    cached = cached_module(Scaled(), freeze=True)
+    cached(X, 2.0)
+    cached(X, 2.0, torch.tensor(1.0))
+    cached(X, 2.0, X)
+    assert reasons(cached, X + 1, 2.0)[0] == "not seen before; differs from the nearest stored row in x"
 
 
 def test_the_argument_of_several():
@@ -146,6 +155,14 @@ def test_calls_that_are_bypassed():
     cached = cached_module(encoder(), freeze=True)
     assert reasons(cached, torch.zeros(0, 3)) == []
     assert reasons(cached, torch.tensor(1.0))[0].startswith("the call is bypassed (no rows): no argument has rows")
+
+
+def test_after_calls_that_were_bypassed():
+    """Where nothing was stored, the reasons for which calls were bypassed are named."""
+    cached = cached_module(encoder(), freeze=True)
+    with pytest.warns(CacheWarning, match="needs grad"):
+        cached(X.clone().requires_grad_())
+    assert reasons(cached, X)[0] == ("nothing was stored by this module yet; calls were bypassed: an input needs grad")
 
 
 def test_tokens_and_given_keys():

@@ -339,3 +339,14 @@ def test_equal_rows_hit_once_they_were_checked():
         assert torch.equal(module(rows), rows * 2)
     assert batches == [1, 2]
     assert (cache_of(module).stats.computed, cache_of(module).stats.hits) == (1, 11)
+
+
+@pytest.mark.parametrize("how", ["given", "function"])
+def test_different_inputs_of_one_key_are_named_as_a_cause(how):
+    """Where the keys come from the user, that they do not tell inputs apart is the first thing to look at."""
+    options = {"key": lambda row: 1} if how == "function" else {}
+    cached = cached_module(nn.Linear(3, 4), freeze=True, **options)
+    more = [{"cache_keys": keys} if how == "given" else {} for keys in ([1] * 8, list(range(8)))]
+    with pytest.warns(CacheWarning, match="What to do: if different inputs have the same key, give them keys"):
+        for number in range(2):
+            cached(torch.arange(24.0).reshape(8, 3) + number, **more[number])
