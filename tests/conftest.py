@@ -34,7 +34,7 @@ settings.load_profile("modcache")
 _POOLS = ("modcache-digest",)
 """Threads of process-wide pools, which stay on purpose."""
 
-_PATIENCE = 5.0
+_PATIENCE = 60.0
 _OPEN_FILES = Path("/proc/self/fd")
 _IN_MEMORY = "/dev/shm"
 

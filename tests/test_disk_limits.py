@@ -16,6 +16,7 @@ import torch
 
 from modcache import DiskStore, MemoryStore, TieredStore, cache_of, cached_module
 from modcache.rows import Layout, Rows
+from modcache.stores.disk import admission, catalogue
 from tests.directories import (
     ERRORS,
     LARGE,
@@ -631,7 +632,7 @@ def test_writing_is_bounded(swift_path):
     batches = [[key_of(n) for n in range(start, start + batch)] for start in range(0, 30 * batch, batch)]
 
     def decide(number, name):
-        go.wait(60)
+        go.wait(600)
 
     with Faults(decide, names=Faults.WRITES), DiskStore(swift_path, keep_free=0) as store:
 
@@ -642,6 +643,9 @@ def test_writing_is_bounded(swift_path):
 
         thread = threading.Thread(target=fill)
         thread.start()
+        end = time.monotonic() + 60
+        while not put_so_far and time.monotonic() < end:
+            time.sleep(0.01)
         thread.join(1)
         stalled = sum(put_so_far)
         go.set()
@@ -653,9 +657,11 @@ def test_writing_is_bounded(swift_path):
         assert found.rows.tensors[0].eq(7).all()
 
 
-def test_a_put_waits_for_no_other_process(swift_path):
+def test_a_put_waits_for_no_other_process(swift_path, monkeypatch):
     """While another process holds every lock there is, gets and puts go on."""
     fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(admission, "_PATIENCE", 600.0)
+    monkeypatch.setattr(catalogue, "_WAIT", 600.0)
     with DiskStore(swift_path, max_bytes=1 << 20, keep_free=0) as store:
         put(store, "a", range(5))
         store.flush()
@@ -667,14 +673,12 @@ def test_a_put_waits_for_no_other_process(swift_path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 continue
-        waits = []
+        begin = time.monotonic()
         for start in range(0, 100, 5):
-            begin = time.perf_counter()
             put(store, "a", range(start, start + 5))
-            have(store, "a", range(start, start + 5))
+            assert have(store, "a", range(start, start + 5)) == set(range(start, start + 5))
             have(store, "a", [1000 + start])
-            waits.append(time.perf_counter() - begin)
-        assert max(waits) < 0.5
+        assert time.monotonic() - begin < 300, "who writes waits longer than that"
         for file in held:
             os.close(file)
 
@@ -692,7 +696,7 @@ def test_closed_twice_and_dropped(swift_path) -> None:
         for _ in range(closes):
             store.close()
         del store
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while threads() != before[0] and time.monotonic() < end:
         time.sleep(0.01)
     assert threads() == before[0]

@@ -290,7 +290,7 @@ def test_children_of_multiprocessing_flush(tmp_path):
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(120)
         assert child.exitcode == 0
     numbers = [0, 1, 2, 50, 100, 101, 102]
     assert have(store, "a", numbers) == set(numbers)
@@ -348,7 +348,7 @@ def test_commits_of_others_are_seen(tmp_path, layout):
 
 
 def wait_for(path: Path) -> bool:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.001)
     return path.exists()
@@ -374,8 +374,9 @@ def test_writers_and_readers_at_once(tmp_path):
 
     def reader(say, seed):
         store = DiskStore(tmp_path)
-        most = 0
-        while not (tmp_path / "done").exists():
+        most, done = 0, False
+        while not done:
+            done = (tmp_path / "done").exists()  # and one look more
             for name, layout in layouts:
                 most = max(most, len(have(store, name, range(50), layout)))
         store.close()

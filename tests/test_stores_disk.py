@@ -331,7 +331,7 @@ def test_a_store_that_nobody_holds(tmp_path):
     thread = store._writing._thread
     del store
     gc.collect()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     assert list((tmp_path / "writers").iterdir()) == []
     with DiskStore(tmp_path) as store:
@@ -601,7 +601,7 @@ def test_rows_that_nobody_asked_for_yet_are_sorted_in_behind_the_loop(tmp_path):
         store.put("a", keys(1, 2), rows_of([1, 2]))
         with mock.patch.object(Statements, "settle", autospec=True, side_effect=Statements.settle) as settle:
             store.put("a", keys(3), rows_of([3]))
-            end = time.monotonic() + 10
+            end = time.monotonic() + 60
             while mock.call(mock.ANY, least=0) not in settle.mock_calls and time.monotonic() < end:
                 time.sleep(0.01)
         assert mock.call(mock.ANY, least=0) in settle.mock_calls

@@ -250,4 +250,4 @@ def test_signing_in_is_never_lost(directory):
     assert directory.is_alive(WRITER)
     os.close(file)
     assert len(removed) == 3
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60

@@ -94,11 +94,12 @@ def files_row_bytes(files):
 
 def test_other_threads_take_part():
     """What takes long is shared out."""
-    seen = set()
+    seen, all_of_them = set(), threading.Barrier(3)
 
     def act(_):
-        seen.add(threading.get_ident())
-        time.sleep(0.002)
+        if threading.get_ident() not in seen:
+            seen.add(threading.get_ident())
+            all_of_them.wait(60)
 
     gathering._do_all(act, deque(range(200)), 2)
     assert len(seen) == 3

@@ -112,7 +112,7 @@ def test_who_puts_waits_for_room():
     thread.start()
     assert not through.wait(0.1)
     queue.done(queue.take(lambda: None, 0.01))
-    assert through.wait(5)
+    assert through.wait(60)
     thread.join()
     queue.push(put(A, 2, rows=50))  # larger than the bound: alone it may wait
     queue.wait_for_room(100, lambda: False)
@@ -163,7 +163,7 @@ def test_few_rows_wait_for_more(end, monkeypatch):
         "stop": queue.stop,
     }
     ends[end]()
-    assert through.wait(5)
+    assert through.wait(60)
     thread.join()
     assert taken == [[0, 1, 2] if end == "enough" else [0, 1]]
 

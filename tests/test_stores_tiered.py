@@ -312,7 +312,7 @@ def test_a_forked_child_promotes(store, back):
     holding.wait()
     pid = os.fork()
     if pid == 0:
-        signal.alarm(20)
+        signal.alarm(120)
         store.get("a", keys(1))
         os._exit(0 if answers(store.front.get("a", keys(1))) == expected({0: 1}) else 1)
     done.set()
