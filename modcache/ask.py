@@ -65,9 +65,9 @@ def _refuse(argument: str) -> None:
     )
 
 
-def refuse_blocked(memo: Memo, form: Form) -> None:
+def refuse_blocked(memo: Memo, namespace: str, form: Form) -> None:
     """Bypass calls of a form that was found not to be rows."""
-    if (reason := memo.findings.blocked(form)) is not None:
+    if (reason := memo.findings.refused(namespace, form)) is not None:
         raise Bypass(reason)
 
 
@@ -138,7 +138,7 @@ def contained(memo: Memo, namespace: str, arguments: Arguments, given: Given | N
         Bypass: the call would be bypassed.
     """
     batch, keyed = keys_of(memo, arguments, given)
-    refuse_blocked(memo, form_of(batch, keyed))
+    refuse_blocked(memo, namespace, form_of(batch, keyed))
     if torch.is_grad_enabled():
         refuse_grad(arguments)
     return memo.contains(namespace, keyed.keys)
@@ -164,7 +164,7 @@ def explained(
     """
     batch, keyed = keys_of(memo, arguments, given)
     form = form_of(batch, keyed)
-    refuse_blocked(memo, form)
+    refuse_blocked(memo, namespace, form)
     if torch.is_grad_enabled():
         refuse_grad(arguments)
     found = memo.contains(namespace, keyed.keys)

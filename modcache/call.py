@@ -68,6 +68,11 @@ def call(
     """
     began = perf_counter()
     batch = None
+    if missed.refused is not None and missed.recipe is not None:
+        try:
+            return bypass(memo, host.run, args, kwargs, Bypass(missed.refused), missed.recipe.size)
+        finally:
+            settle_quietly(host)
     try:
         arguments = host.bind(args, kwargs)
     except TypeError as error:
@@ -89,7 +94,7 @@ def call(
             _remember(memo, missed.outline, -1 if given is None else given.number, job)
             keyed_at = perf_counter()
             found = () if current_mode() == "refresh" else memo.get(site.namespace, keyed.keys)
-        refuse_blocked(memo, job.form)
+        refuse_blocked(memo, site.namespace, job.form)
         return _cached(job, found, began, keyed_at)
     except Bypass as reason:
         try:

@@ -8,6 +8,7 @@ import numpy as np
 
 from .batch import tensors_in
 from .chance import preserved_randomness, random_state
+from .findings import NOT_ROWS
 from .keys.padding import unpad_rows
 from .manifests import TokenDims
 from .memo import Bypass
@@ -93,8 +94,10 @@ def _rows(job: Job, run: Run) -> Rows:
             return rows
         raise NotRowsError("its output needs grad: something trainable that is no parameter of it feeds the output")
     except NotRowsError as error:
+        if run.rows > 1 and "needs grad" not in str(error):  # in another call one row is not squeezed, and no grad
+            job.memo.findings.note_not_rows(job.site.namespace, job.form)
         raise Bypass(
-            "output is not rows",
+            NOT_ROWS,
             f"{error}; it runs uncached. {_remedy(str(error))}",
             *((run.output,) if run.whole else ()),
         ) from None

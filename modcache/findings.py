@@ -12,9 +12,13 @@ from .manifests import TokenDims, Word
 from .recipe import Form
 from .stores import Store
 
-__all__ = ["Findings"]
+__all__ = ["NOT_ROWS", "Findings"]
+
+NOT_ROWS = "output is not rows"
+"""Why a call is bypassed of which the output cannot be parted."""
 
 _MOST_UNCHECKED = 1 << 16
+_ENOUGH = 3  # calls of a form that gave no rows, and none that did
 _NO_NAMES: frozenset[str] = frozenset()
 
 Known = TypeVar("Known")
@@ -58,6 +62,7 @@ class Findings:
         self._word = word
         self._checked = _checked_in(store)
         self._blocked: dict[Form, str] = {}
+        self._not_rows: dict[Place, int] = {}
         self._steady: set[Place] = set()
         self._unchecked: dict[Place, list[bytes] | None] = {}
         self._lock = lock_of(self)
@@ -65,6 +70,19 @@ class Findings:
     def blocked(self, form: Form) -> str | None:
         """Why calls of this form are bypassed for good, if they are."""
         return self._blocked.get(form) if self._blocked else None
+
+    def refused(self, namespace: str, form: Form) -> str | None:
+        """Why calls of this form are bypassed, for good or while the module is as it is, if they are."""
+        if self._not_rows and self._not_rows.get((namespace, form), 0) >= _ENOUGH:
+            return NOT_ROWS
+        return self.blocked(form)
+
+    def note_not_rows(self, namespace: str, form: Form) -> None:
+        """What a call of this form gave was no rows."""
+        key = namespace, form
+        with self._lock:
+            if key not in self._checked.passed:
+                self._not_rows[key] = self._not_rows.get(key, 0) + 1
 
     def block(self, form: Form, reason: str) -> list[tuple[str, list[bytes] | None]]:
         """Calls of this form are bypassed from now on; what they stored unchecked, which is to go (None: all there)."""
@@ -143,7 +161,7 @@ class Findings:
     def forget(self, namespace: str) -> None:
         """Nobody will ask for the rows of a namespace again."""
         with self._lock:
-            for known in (self._checked.untested, self._checked.passed, self._unchecked):
+            for known in (self._checked.untested, self._checked.passed, self._unchecked, self._not_rows):
                 _forget(known, namespace)
 
     def rename(self, old: str, new: str) -> None:
@@ -152,6 +170,7 @@ class Findings:
             _rename(self._checked.untested, old, new)
             _rename(self._checked.passed, old, new)
             _rename(self._unchecked, old, new)
+            _rename(self._not_rows, old, new)
 
 
 def _rename(known: dict[Place, Known], old: str, new: str) -> None:

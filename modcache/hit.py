@@ -44,12 +44,14 @@ class Missed(NamedTuple):
         recipe: how calls of this outline are keyed, if that is known.
         keys: the keys of its rows, if there is a recipe.
         found: what the store has of them.
+        refused: why calls of this form are bypassed, if they are.
     """
 
     outline: Outline | None = None
     recipe: Recipe | None = None
     keys: list[bytes] | None = None
     found: tuple[Found, ...] = ()
+    refused: str | None = None
 
 
 def hit(
@@ -64,7 +66,11 @@ def hit(
     if outline is None:
         return _NOTHING
     recipe = memo.recipes.get((outline, -1 if given is None else given.number))
-    if recipe is None or current_mode() == "refresh" or memo.options.verify:
+    if recipe is None:
+        return Missed(outline)
+    if (refused := memo.findings.refused(site.namespace, recipe.form)) is not None:
+        return Missed(outline, recipe, refused=refused)
+    if current_mode() == "refresh" or memo.options.verify:
         return Missed(outline)
     try:
         keys = recipe.keys(args, kwargs, given)

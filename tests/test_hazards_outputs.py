@@ -381,6 +381,58 @@ def test_in_place_on_arrays_and_lists(kind):
         assert repr(found) == repr(expected)
 
 
+class Asked(MemoryStore):
+    """Counts how often it is asked for rows."""
+
+    asked = 0
+
+    def get(self, *args):
+        self.asked += 1
+        return super().get(*args)
+
+
+class Switched(nn.Module):
+    """Gives rows, or the mean of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"mean": True}
+
+    def forward(self, x):
+        return x.mean() if self.config["mean"] else x * 2
+
+
+@pytest.mark.filterwarnings("ignore::modcache.CacheWarning")
+def test_what_never_gives_rows_is_not_asked_for_keys():
+    """After three outputs that are no rows, calls of that form ask for nothing, until the module is another one."""
+    store = Asked()
+    cached = cached_module(Switched(), freeze=True, store=store)
+    plain = Switched()
+    for number in range(6):
+        assert_same(cached(X + number), plain(X + number))
+    assert store.asked == 3
+    assert dict(cache_of(cached).stats.reasons) == {"output is not rows": 36}
+    assert "bypassed (output is not rows)" in cache_of(cached).explain(X)[0].reason
+    cached.config["mean"] = plain.config["mean"] = False
+    for _ in range(2):
+        assert_same(cached(X), plain(X))
+    assert (hits(cached), computed(cached), bypassed(cached)) == (6, 6, 36)
+
+
+@pytest.mark.filterwarnings("ignore::modcache.CacheWarning")
+def test_what_sometimes_gives_rows_is_asked_each_time():
+    """Where one call of a form gave rows, others that give none do not end the caching of it."""
+    cached = cached_module(Apply(lambda x: x[: len(x) - int(x[0, 0] > 0)].squeeze(0)), freeze=True)
+    rows = -X.abs()
+    for row in rows:
+        cached(row[None])
+    cached(rows)
+    for number in range(6):
+        cached(number - rows)
+    cached(rows)
+    assert (hits(cached), computed(cached), bypassed(cached)) == (6, 6, 42)
+
+
 def test_outputs_of_hits_are_ordinary():
     """A hit is contiguous, writable, no view, no inference tensor, and takes part in autograd as a constant."""
     cached, _ = pair(Apply(lambda x: x.t().contiguous().t() * 2))
