@@ -146,13 +146,10 @@ def bypass(
 def _cached(job: Job, found: tuple[Found, ...], began: float, keyed_at: float) -> object:
     memo, namespace, keyed = job.memo, job.site.namespace, job.keyed
     mode = current_mode()
-    stored_only = mode == "require-hit"
-    unchecked = memo.findings.passed(namespace, job.form) is None
-    untested = differences(job.batch, memo.findings.untested(namespace, job.form))
+    unchecked = mode != "require-hit" and memo.findings.passed(namespace, job.form) is None
+    untested = differences(job.batch, memo.findings.untested(namespace, job.form)) if mode != "require-hit" else ()
     ragged = keyed.tokens is not None
-    plan = plan_call(keyed.keys, found, unchecked=unchecked and not stored_only, ragged=ragged)
-    if stored_only and not plan.compute and (untested or (unchecked and job.batch.size > 1)):
-        raise _unchecked_rows(job, untested)
+    plan = plan_call(keyed.keys, found, unchecked=unchecked, ragged=ragged)
     if untested and not plan.found:
         plan = plan_call(keyed.keys, (), unchecked=True, ragged=ragged)
     output = _UNKNOWN if plan.compute else _served(job, plan)
@@ -160,7 +157,7 @@ def _cached(job: Job, found: tuple[Found, ...], began: float, keyed_at: float) -
     looked_at = computed_at = stored_at = perf_counter()
     if output is _UNKNOWN:
         plan = plan if plan.compute else _all_rows(job, check=unchecked or bool(untested))
-        if stored_only:
+        if mode == "require-hit":
             raise _missing_rows(job, plan)
         plan, computed, output = _computed(job, plan)
         if found and not plan.found and keyed.tokens is None:
@@ -194,16 +191,6 @@ def _missing_rows(job: Job, plan: CallPlan) -> CacheMissError:
     return CacheMissError(
         f"{job.memo.name}: mode 'require-hit' asks for stored rows only, but {len(places)} of {len(keys)} are not "
         f"stored: rows {shown}. Fill the cache first; cache_of(module).explain(...) says what differs."
-    )
-
-
-def _unchecked_rows(job: Job, untested: tuple[str, ...]) -> CacheMissError:
-    """Rows that were stored one by one, or among rows of one kind, may be other rows in this batch."""
-    met = f"in one batch with rows that differ in {', '.join(untested)}" if untested else "in one batch with others"
-    return CacheMissError(
-        f"{job.memo.name}: mode 'require-hit' asks for stored rows only. These are stored, but such rows were never "
-        f"computed {met}, so it is not known that they do not depend on each other. Call it once with such a batch "
-        "in mode 'read-write', which finds that out."
     )
 
 

@@ -91,7 +91,8 @@ class mode(contextlib.AbstractContextManager["mode"]):  # noqa: N801 - used like
     Args:
         name: ``"read-write"`` (the default) serves stored rows and stores computed ones;
             ``"read-only"`` stores nothing; ``"refresh"`` computes every row and overwrites what is stored;
-            ``"require-hit"`` raises `CacheMissError` instead of computing; ``"off"`` runs modules uncached.
+            ``"require-hit"`` raises `CacheMissError` instead of computing, and so checks no batch either: a row that
+            was stored by itself is served as it came out by itself; ``"off"`` runs modules uncached.
 
     Raises:
         UsageError: the name is none of these (a ``ValueError``).

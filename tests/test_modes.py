@@ -8,17 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from modcache import (
-    CacheMissError,
-    CacheWarning,
-    UsageError,
-    UsageTypeError,
-    cache_of,
-    cached_module,
-    keys_for,
-    mode,
-    modes,
-)
+from modcache import CacheMissError, UsageError, UsageTypeError, cache_of, cached_module, keys_for, mode, modes
 from modcache.modes import MODES, KeysAround, current_mode, keys_around
 
 from .models import encoder
@@ -80,29 +70,6 @@ def test_require_hit():
             module(X)
     assert isinstance(found.value, KeyError)
     assert module.calls == calls
-
-
-class Centred(nn.Module):
-    """Rows that depend on their batch."""
-
-    def forward(self, x):
-        return x - x.mean(0)
-
-
-def test_require_hit_refuses_rows_that_nobody_looked_at_in_a_batch():
-    """Rows that were stored one by one may be others in a batch: they are refused until one batch has run."""
-    centred, module = cached_module(Centred(), freeze=True), cached()
-    for wrapped in (centred, module):
-        alone = [wrapped(row[None]) for row in X]
-        with mode("require-hit"):
-            assert torch.equal(wrapped(X[1:2]), alone[1])
-            with pytest.raises(CacheMissError, match="never computed in one batch with others"):
-                wrapped(X)
-    module(X[:2])
-    with pytest.warns(CacheWarning, match="rows depend on"):
-        assert torch.equal(centred(X), Centred()(X))
-    with mode("require-hit"):
-        torch.testing.assert_close(module(X), encoder()(X))
 
 
 def test_off():
