@@ -1,5 +1,9 @@
 """Values that a module holds: which count by what they are, and which by their class alone."""
 
+import os
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +48,60 @@ def test_a_proxy_of_what_is_not_there_counts_by_its_class():
     """An object that does not even say of what class it is neither breaks a call nor keeps it from being cached."""
     found = fingerprint([Unbound()])
     assert any("Unbound" in place for place in found.opaque)
+
+
+LOADED, ENVIRONMENT = sys.modules, os.environ
+
+
+class Asks(nn.Module):
+    """Asks the process, as code does that works with and without some package."""
+
+    def forward(self, x):
+        return x * 2 if "no_such_package" in LOADED or ENVIRONMENT.get("NO_SUCH_VARIABLE") else x
+
+
+def test_what_is_loaded_and_the_environment_are_no_part_of_a_module(monkeypatch):
+    """Another process has other Python modules and variables, and finds the rows all the same."""
+    one = Identity().fingerprint(Asks())
+    monkeypatch.setitem(sys.modules, "just_loaded", types.ModuleType("just_loaded"))
+    monkeypatch.setenv("OF_ANOTHER_JOB", "17")
+    assert Identity().fingerprint(Asks()).digest == one.digest
+    assert fingerprint(LOADED).digest != fingerprint(ENVIRONMENT).digest
+
+
+class Lazy:
+    """Makes what it is asked for, and notes that in a table."""
+
+    __slots__ = ("made", "table")
+
+    def __init__(self, table):
+        self.table = table
+
+    def __getattr__(self, name):
+        self.table[name] = 1
+        raise AttributeError(name)
+
+
+def test_a_table_that_grows_while_it_is_read():
+    """An entry that comes to a dictionary when another one is looked at does not keep a call from being cached."""
+    table = {}
+    table["first"] = Lazy(table)
+    module = nn.Identity()
+    module.table = table
+    cached_module(module, freeze=True)
+    assert torch.equal(module(X), X)
+    assert cache_of(module).stats.computed == 2
+
+
+def test_a_compiled_view_of_a_module_leaves_its_rows():
+    """`torch.compile(module)` notes on the module that it was compiled, and the rows of before are still found."""
+    module = cached_module(nn.Linear(4, 3), freeze=True)
+    module(X)
+    before = cache_of(module).namespace
+    torch.compile(module, backend="eager")
+    assert cache_of(module).namespace == before
+    module(X)
+    assert cache_of(module).stats.hits == 2
 
 
 class Marker:

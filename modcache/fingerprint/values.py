@@ -11,7 +11,9 @@ import datetime as dt
 import decimal
 import enum
 import fractions
+import os
 import re
+import sys
 import threading
 import types
 import weakref
@@ -115,6 +117,8 @@ class ValueReader(abc.ABC):
             return self.class_reference(value)
         if isinstance(value, tuple | list | set | frozenset | collections.deque):
             return self._sequence(value, path)
+        if (whole := _of_process(value)) is not None:
+            return frame(b"of the process", encode(whole))
         if isinstance(value, Mapping) and not dataclasses.is_dataclass(value):
             return self._mapping(value, path)
         if (known := self.callable(value, path)) is not None:
@@ -267,7 +271,7 @@ class ValueReader(abc.ABC):
         origins = origins_in(value, path)
         inside = self._in_bulk(value) or b"".join(
             self.value(key, f"{path} key") + self.value(item, f"{path}[{key!r:.40}]")
-            for key, item in value.items()
+            for key, item in tuple(value.items())  # to read a value may make one, and put it in here
             if not (isinstance(key, str) and key in origins)
         )
         return frame(b"mapping", self._kind(type(value)) + inside + self._beside(value, path))
@@ -325,6 +329,13 @@ class ValueReader(abc.ABC):
     def python_module(self, module: types.ModuleType) -> bytes:
         """A Python module by name."""
         return frame(b"module", encode(module_name(module.__name__)))
+
+
+def _of_process(value: object) -> str | None:
+    """The name of what is another thing in each process, and is no part of a module wherever it is named."""
+    if value is sys.modules:
+        return "sys.modules"
+    return "os.environ" if value is os.environ else None
 
 
 def _may_fail(value: object) -> bool:

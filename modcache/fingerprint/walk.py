@@ -34,6 +34,7 @@ _KEPT_BY_TORCH = frozenset(vars(nn.Module())) | {
     "_compiled_call_impl",
     "_is_hf_initialized",
     "_is_replica",
+    "_is_torch_compile",
     "_former_parameters",
     *ORIGIN_NAMES,
 }
