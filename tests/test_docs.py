@@ -11,6 +11,7 @@ from modcache.stats import Seconds
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINKING = [*PAGES, ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "data" / "README.md"]
 BLOCK = re.compile(
     r"(?P<excuse><!-- not run: [^\n]+ -->\s*)?^(?P<indent> *)```python\n(?P<code>.*?)^ *```", re.MULTILINE | re.DOTALL
 )
@@ -35,6 +36,41 @@ def test_blocks_run(page, tmp_path, monkeypatch):
                 exec(compile("\n" * line + code, str(page), "exec"), namespace)
     finally:
         logging.getLogger("modcache").setLevel(logging.NOTSET)  # a page may show how to hear more
+
+
+def prose(page):
+    """The text of a page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def links(page):
+    """The links of a page to other files of the repository: place and heading."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    return [target.partition("#")[::2] for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    """Each link of a page to another file, and to a heading in one, finds it."""
+    for place, heading in links(page):
+        found = page.parent / place if place else page
+        if "results" in found.parts and not (ROOT / "benchmarks" / "results").exists():
+            continue  # a source archive has no recorded results
+        assert found.exists(), place
+        assert not heading or heading in anchors(found), f"{place}#{heading}"
+
+
+def test_each_page_is_linked():
+    """The index leads to every page, so none is found by chance alone."""
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / place).resolve() for place, _ in links(index)}
+    assert {page.name for page in (ROOT / "docs").rglob("*.md") if page.resolve() not in linked} == {"index.md"}
 
 
 def test_blocks_are_found():
