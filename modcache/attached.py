@@ -270,7 +270,9 @@ class Attached:
         if not self.memo.word.lasts:
             return None
         known = self.identity.fingerprint(module)
-        return self.memo.word.nearest(self._facts(module, self.namespace(module), known, context()))
+        facts = self._facts(module, self.namespace(module), known, context())
+        self.memo.introduce(facts)  # who asks before the first call is told what earlier runs found out
+        return self.memo.word.nearest(facts)
 
     def manifest(self, module: nn.Module) -> dict[str, Any]:
         """The readable description of the namespace."""

@@ -165,6 +165,18 @@ def test_after_calls_that_were_bypassed():
     assert reasons(cached, X)[0] == ("nothing was stored by this module yet; calls were bypassed: an input needs grad")
 
 
+def test_asking_before_the_first_call(tmp_path):
+    """What an earlier run found out about such calls is known to who asks first."""
+    cached = cached_module(encoder(), freeze=True, store=tmp_path)
+    cached(X)
+    cache_of(cached).close()
+    fresh = cached_module(encoder(), freeze=True, store=tmp_path)
+    assert reasons(fresh, X) == ["stored in this namespace"] * 4
+    fresh(X)
+    assert cache_of(fresh).stats.computed == 0
+    cache_of(fresh).close()
+
+
 def test_tokens_and_given_keys():
     """Rows with keys of other kinds are explained, too."""
     cached = cached_module(TokenEncoder(), freeze=True, key="tokens")
