@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import operator
 import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 from .code import installed_class
 from .memoized import body_without, memoized
-from .turns import LONG, parted
+from .turns import LONG, Places, getter, parted
 
 if TYPE_CHECKING:
     import contextvars
-    from collections.abc import Iterable
 
     from .seen import Seen
 
@@ -21,7 +21,6 @@ __all__ = ["Outside"]
 
 _chain = itertools.chain.from_iterable
 _is = operator.is_
-_contents = operator.attrgetter("cell_contents")
 
 
 class Outside:
@@ -44,7 +43,6 @@ class Outside:
         self._sized += [value for value in self.later if len(value) > LONG]  # a small one shows its length in turn
         self._sizes = list(map(len, self._sized))
         self._cells = [cell for cell, _ in seen.cells.values()]
-        self._items = list(self._all_items())
         self._empty_slots = [(value, name) for value, _, empty in seen.slotted.values() for name in empty]
         self._memories = list(seen.memories.values())
         self._bytes = list(map(bytes, self._memories))
@@ -52,26 +50,24 @@ class Outside:
         self._variables, self._locals = list(seen.variables.values()), list(seen.locals.values())
         self._current = self._all_current()
         self._any_current = bool(self._variables or self._locals)
-        others = self._noting, self._empty_slots, self._memories, self._absent, self._variables, self._locals
-        self.anything = bool(self._sized or self._cells or any(others))
-
-    def _all_items(self) -> Iterable[object]:
-        return itertools.chain(
-            _chain(self._mappings),
-            _chain(map(dict.values, self._mappings)),
-            _chain(self._sequences),
-            _chain([body.values() for body in self._bodies]),
-            map(_contents, self._cells),
-        )
+        others = self._noting, self._empty_slots, self._memories, self._absent, self._any_current
+        self.anything = bool(self._sized or any(others))
+        self.groups: Places = [
+            (iter, self._mappings),
+            (dict.values, self._mappings),
+            (iter, self._sequences),
+            (types.MappingProxyType.values, self._bodies),
+            (getter(("cell_contents",), operator.attrgetter), self._cells),
+        ]
+        """What is in these is to be the very same: getters, and the places that each is to be called with."""
 
     def same(self) -> bool:
-        """Whether all of it is the very same; of large containers, the length."""
+        """Whether all is as it was but for what is in `groups`, of which there is as much as there was."""
         return (
-            list(map(len, self._sized)) == self._sizes
-            and all(map(_is, self._all_items(), self._items))
-            and not any(itertools.starmap(hasattr, self._empty_slots))
-            and list(map(bytes, self._memories)) == self._bytes
-            and not self.imported()
+            [*map(len, self._sized)] == self._sizes
+            and (not self._empty_slots or not any(itertools.starmap(hasattr, self._empty_slots)))
+            and (not self._memories or [*map(bytes, self._memories)] == self._bytes)
+            and (not self._absent or not self.imported())
             and (not self._any_current or self._same_current())
             and (not self._noting or self._same_members())
         )

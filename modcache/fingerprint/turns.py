@@ -40,7 +40,9 @@ class Turns:
     def same(self, turn: int) -> bool:
         """Whether this turn's part is the very same."""
         number = turn % len(self._parts)
-        now, values = list(_fetched(self._parts[number])), self._values[number]
+        if not self._parts[number]:
+            return True
+        now, values = [*_fetched(self._parts[number])], self._values[number]
         return len(now) == len(values) and all(map(operator.is_, now, values))
 
 

@@ -32,9 +32,9 @@ _size, _stride, _is_neg = torch.Tensor.size, torch.Tensor.stride, torch.Tensor.i
 _version = operator.attrgetter("_version")
 _training = operator.itemgetter("training")
 _requires_grad = operator.attrgetter("requires_grad")
+_any_grad: Callable[..., bool] = torch._C._any_requires_grad
 _forward = operator.attrgetter("forward")
 _code = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
-_just_code = operator.attrgetter("__code__")
 _INSIDE = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
 _inside = operator.itemgetter(*_INSIDE)
 _FORMS_AT_ONCE = 64  # tensors whose shape and strides are compared in each check; those of more are, in turn
@@ -72,9 +72,11 @@ class Watch:
         # The forward of a base too: a class that replaces it may still call it.
         bases = [cls for cls in found.seen.classes.values() if "forward" in vars(cls)]
         classes = dict.fromkeys([self._root_type, *self._types, *bases])
-        # The forward of a traced module is no attribute of its class.
-        self._classes = [cls for cls in classes if not issubclass(cls, torch.jit.ScriptModule)]
-        self._forwards = list(map(_forward, self._classes))
+        # The forward of a traced module is no attribute of its class; a class method is another object each time.
+        has_forward = [cls for cls in classes if not issubclass(cls, torch.jit.ScriptModule)]
+        self._classes = [cls for cls in has_forward if _forward(cls) is _forward(cls)]
+        self._binding = [cls for cls in has_forward if cls not in self._classes]
+        self._bound = [*map(_forward, self._binding)]
         self._inside(module)
         self._outside = Outside(found.seen)
         self._attributes(found, module)
@@ -87,7 +89,7 @@ class Watch:
     def _inside(self, module: nn.Module) -> None:
         """The dicts that torch keeps in every module: a full one is fetched anew and compared with a copy."""
         self._own_copies = tuple([dict(inner) for inner in _inside(vars(module))])
-        self._own_order = _names_in([vars(module)]) if is_ordered(module) else None
+        self._own_order = _names_in([vars(module)]) if _orders(module) else None
         self._full: list[tuple[Callable[[Any], Any], list[dict[str, Any]], list[dict[Any, Any]]]] = []
         self._empty: list[dict[Any, Any]] = []
         singles: list[tuple[dict[str, Any], str, torch.Tensor]] = []
@@ -99,7 +101,7 @@ class Watch:
             if name in ("_parameters", "_buffers"):
                 for live in (vars(module)[name], *(inner[name] for inner in full)):
                     singles += [(live, key, t) for key, t in live.items() if t is not None and _single(t)]
-        self._ordered = [vars(other) for other in self._modules if is_ordered(other)]
+        self._ordered = [vars(other) for other in self._modules if _orders(other)]
         self._order = _names_in(self._ordered)
         self._single_dicts = [live for live, _, _ in singles]
         self._single_names = [name for _, name, _ in singles]
@@ -108,9 +110,15 @@ class Watch:
         self._global_copies = [dict(hooks) for hooks in self._global_hooks]
 
     def _attributes(self, found: Walk, module: nn.Module) -> None:
-        """Plain attributes and the globals that code reads, grouped by names: one getter for many dicts."""
+        """All that is compared object by object, grouped: one getter for many places, and one list of values.
+
+        Plain attributes and the globals that code reads, by their names; forwards, the code of the user's own
+        functions, and what `Outside` holds.
+        """
         groups: dict[tuple[str, ...], list[Any]] = {}
-        slots: dict[tuple[str, ...], list[Any]] = {}
+        # Code that is edited while it is used: reloaders of notebooks put what is new into the old functions.
+        own = [function for function in found.seen.functions.values() if not installed(function.__globals__)]
+        slots: dict[tuple[str, ...], list[Any]] = {("__code__",): own[:_FUNCTIONS_AT_ONCE], ("forward",): self._classes}
         for name, names in found.attributes.items():
             if name and names:
                 groups.setdefault(names, []).append(vars(found.modules[name]))
@@ -123,15 +131,14 @@ class Watch:
         for value, filled, _ in found.seen.slotted.values():
             if filled:
                 slots.setdefault(filled, []).append(value)
-        self._groups = [(getter(names), dicts) for names, dicts in groups.items()]
-        self._groups += [(getter(names, operator.attrgetter), objects) for names, objects in slots.items()]
-        own = found.attributes.get("", ())
-        self._own = getter(own)
-        self._own_values = self._own(vars(module))
-        self._values = list(self._all_values())
+        all_groups: Places = [(getter(names), dicts) for names, dicts in groups.items()]
+        all_groups += [(getter(names, operator.attrgetter), objects) for names, objects in slots.items()]
+        self._groups = [(get, places) for get, places in (*all_groups, *self._outside.groups) if places]
+        self._own = getter(found.attributes.get("", ()))
+        self._values = list(self._all_values(vars(module)))
 
-    def _all_values(self) -> Iterable[object]:
-        return _chain(_chain([map(get, dicts) for get, dicts in self._groups]))
+    def _all_values(self, own: dict[str, Any]) -> Iterable[object]:
+        return itertools.chain(self._own(own), _chain(_chain([map(get, places) for get, places in self._groups])))
 
     def same_structure(self, module: nn.Module) -> bool:
         """Whether modules, classes, hooks, attributes, containers and constants are the very same."""
@@ -140,16 +147,14 @@ class Watch:
             type(module) is self._root_type
             and len(own) == self._own_length
             and _inside(own) == self._own_copies
-            and (self._own_order is None or _names_in([own]) == self._own_order)
-            and all(map(_is, self._own(own), self._own_values))
             and self._global_hooks == self._global_copies
-            and list(map(_forward, self._classes)) == self._forwards
             # A part that the module does not have is passed over: a single layer is checked in a few steps.
+            and (self._own_order is None or _names_in([own]) == self._own_order)
             and (not self._singles or self._same_singles())
             and (not self._modules or self._same_below())
-            and (not self._groups or all(map(_is, self._all_values(), self._values)))
+            and (not self._binding or [*map(_forward, self._binding)] == self._bound)
             and (not self._outside.anything or self._outside.same())
-            and all(map(_is, map(_just_code, self._own_functions), self._own_code))
+            and all(map(_is, self._all_values(own), self._values))  # last: by now they are as many as they were
         )
 
     def _same_singles(self) -> bool:
@@ -157,11 +162,11 @@ class Watch:
 
     def _same_below(self) -> bool:
         return (
-            list(map(type, self._modules)) == self._types
-            and list(map(len, self._dicts)) == self._lengths
-            and all(list(map(get, full)) == copies for get, full, copies in self._full)
+            [*map(type, self._modules)] == self._types
+            and [*map(len, self._dicts)] == self._lengths
+            and all([*map(get, full)] == copies for get, full, copies in self._full)
             and not any(self._empty)
-            and _names_in(self._ordered) == self._order
+            and (not self._ordered or _names_in(self._ordered) == self._order)
         )
 
     def _in_turn(self, found: Walk) -> None:
@@ -170,10 +175,6 @@ class Watch:
         The code and defaults of functions, the bodies of installed classes besides ``forward``, what a torch
         layer's own ``forward`` does not read, and the functions of libraries that code reads by name.
         """
-        # Code that is edited while it is used: reloaders of notebooks put what is new into the old functions.
-        own = [function for function in found.seen.functions.values() if not installed(function.__globals__)]
-        self._own_functions = own[:_FUNCTIONS_AT_ONCE]
-        self._own_code = list(map(_just_code, self._own_functions))
         places: Places = [(_code, function) for function in found.seen.functions.values()]
         theirs = [cls for cls in found.seen.classes.values() if cls not in found.seen.busy and installed_class(cls)]
         places += [(_body_of(cls), vars(cls)) for cls in theirs]
@@ -200,15 +201,15 @@ class Watch:
                 *map(bool, map(_training, self._dicts)),
             ] != self._were_training:
                 return False
-        elif module.__dict__.get("training") or any(map(_training, self._dicts)):
+        elif module.__dict__.get("training") or (self._dicts and any(map(_training, self._dicts))):
             return False
         if self.sealed and any(map(is_readable, self.sealed.values())):
             return False
         if not grad:
             return True
         if not self._any_grad:
-            return not any(map(_requires_grad, self.tensors))
-        return list(map(_requires_grad, self.tensors)) == self._grads
+            return not _any_grad(*self.tensors)
+        return [*map(_requires_grad, self.tensors)] == self._grads
 
     # --- weights ---
 
@@ -270,9 +271,9 @@ class Watch:
     def same_weights(self, turn: int) -> Moved | None:
         """Whether the weights look untouched; pointers come first, the probe must not read freed memory."""
         if (
-            list(map(_data_ptr, self._pointed)) != self._pointers
-            or list(map(_version, self._counted)) != self._versions
-            or (self._arrays and list(map(_array_pointer, self._arrays)) != self._array_pointers)
+            [*map(_data_ptr, self._pointed)] != self._pointers
+            or [*map(_version, self._counted)] != self._versions
+            or (self._arrays and [*map(_array_pointer, self._arrays)] != self._array_pointers)
         ):
             return Moved.WEIGHTS
         if not self._same_forms(turn):
@@ -324,13 +325,18 @@ class Watch:
             return Moved.STRUCTURE
 
 
+def _orders(module: nn.Module) -> bool:
+    """Whether there is an order of what is in a module, and it counts."""
+    return is_ordered(module) and any(len(inner) > 1 for inner in ordered(vars(module)))
+
+
 def _names_in(modules: list[dict[str, Any]]) -> list[str]:
     """The children, parameters and buffers of these modules in order; that their dicts are equal does not tell it."""
     return list(_chain(_chain(map(ordered, modules))))
 
 
-def _forms_of(tensors: list[torch.Tensor]) -> tuple[list[object], ...]:
-    return list(map(_size, tensors)), list(map(_stride, tensors)), list(map(_is_neg, tensors))
+def _forms_of(tensors: list[torch.Tensor]) -> list[object]:
+    return [*map(_size, tensors), *map(_stride, tensors), *map(_is_neg, tensors)]
 
 
 def _body_of(cls: type) -> Callable[[Any], Iterable[object]]:
