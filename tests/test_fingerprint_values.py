@@ -104,6 +104,30 @@ def test_a_compiled_view_of_a_module_leaves_its_rows():
     assert cache_of(module).stats.hits == 2
 
 
+class Rearrange(nn.Module):
+    """Stands for the layer of einops of this name."""
+
+    def __init__(self, pattern, known):
+        super().__init__()
+        self.pattern = pattern
+        self._multirecipe = {4: known}
+
+    def forward(self, x):
+        return x.flatten(1)
+
+
+Rearrange.__module__ = "einops.layers.torch"
+
+
+def test_a_layer_of_einops_counts_by_its_pattern():
+    """The order of names in its recipes comes from a set of texts, and is another one in the next process."""
+    first, second = ([*names] for names in ("hw", "wh"))
+    of_process = [Identity().fingerprint(nn.Sequential(Rearrange("b (h w)", names))) for names in (first, second)]
+    assert of_process[0].digest == of_process[1].digest
+    other = Identity().fingerprint(nn.Sequential(Rearrange("b (w h)", first)))
+    assert other.digest != of_process[0].digest
+
+
 class Marker:
     __slots__ = ()
 

@@ -296,9 +296,15 @@ def _unread(module: nn.Module) -> frozenset[str]:
 
 
 def _derived(module: nn.Module) -> set[str]:
-    """Attributes that torch's pruning, old weight_norm and spectral_norm compute anew before every forward."""
+    """Attributes that others say.
+
+    Torch's pruning, old weight_norm and spectral_norm compute theirs anew before every forward. A layer of einops
+    makes its recipes of its pattern, with names in an order that differs from process to process.
+    """
     hooks = filter(_computes_weights, vars(module)["_forward_pre_hooks"].values())
     names = [getattr(hook, "name", None) or getattr(hook, "_tensor_name", None) for hook in hooks]
+    if original_class(module).__module__.startswith("einops.layers."):
+        names.append("_multirecipe")
     return {name for name in names if name is not None}
 
 
