@@ -67,10 +67,10 @@ def test_links_lead_somewhere(page):
 
 
 def test_each_page_is_linked():
-    """The index leads to every page, so none is found by chance alone."""
-    index = ROOT / "docs" / "index.md"
-    linked = {(index.parent / place).resolve() for place, _ in links(index)}
-    assert {page.name for page in (ROOT / "docs").rglob("*.md") if page.resolve() not in linked} == {"index.md"}
+    """The index and the README lead to every other page, so none is found by chance alone."""
+    for start in (ROOT / "docs" / "index.md", ROOT / "README.md"):
+        linked = {(start.parent / place).resolve() for place, _ in links(start)}
+        assert {page.name for page in (ROOT / "docs").rglob("*.md") if page.resolve() not in linked} == {"index.md"}
 
 
 def test_blocks_are_found():
