@@ -14,6 +14,7 @@ from torch import nn
 
 from .attached import Attached
 from .forwards import forward_of
+from .freezing import freeze_copy
 from .own_names import Behind, own_functions, says_its_name
 
 __all__ = [
@@ -161,6 +162,7 @@ def subclass(
         "forward": _forward(cls),
         "train": _train(cls),
         "_apply": noticed_apply(cls),
+        "__setstate__": _setstate(cls),
         **more,
     }
     if issubclass(cls, torch.fx.GraphModule):
@@ -265,6 +267,17 @@ def _train(cls: type[nn.Module]) -> Callable[..., Any]:
         return cls.train(self, mode and not frozen)
 
     return train
+
+
+def _setstate(cls: type[nn.Module]) -> Callable[..., None]:
+    @functools.wraps(cls.__setstate__)
+    def __setstate__(self: nn.Module, state: Any) -> None:  # noqa: N807 - it is the class's own
+        cls.__setstate__(self, state)
+        found = self.__dict__.get(ATTACHED)
+        if isinstance(found, Attached) and found.requested.freeze and not self.training:
+            freeze_copy(self)
+
+    return __setstate__
 
 
 def noticed_apply(cls: type[nn.Module]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from torch import nn
 
 __all__ = [
     "Before",
+    "freeze_copy",
     "freeze_module",
     "freeze_replaced",
     "frozen_around",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 _frozen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_COPYING = ("__setstate__", "__reduce_ex__", "__reduce__")
 
 
 Flags = tuple[tuple[str, bool], ...]
@@ -50,6 +52,17 @@ def freeze_module(module: nn.Module) -> Before:
     module.eval()
     _frozen.add(module)
     return before
+
+
+def freeze_copy(module: nn.Module) -> None:
+    """Put into eval mode, in a copy of a frozen module, what came out in training mode because it made itself anew.
+
+    A layer with a state of its own (those of einops) calls its ``__init__`` when it is copied or unpickled.
+    """
+    for child in module.modules():
+        cls = type(child)
+        if child.training and any(getattr(cls, name) is not getattr(nn.Module, name) for name in _COPYING):
+            child.training = False
 
 
 def parameters_of(module: nn.Module) -> dict[str, weakref.ref[nn.Parameter]]:

@@ -34,6 +34,54 @@ def test_copies_stay_cached():
         assert type(uncached(other)) is CountingEncoder
 
 
+class Flattening(nn.Module):
+    """Makes itself anew from its own state when it is copied, as the layers of einops do."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.start = start
+
+    def forward(self, x):
+        return x.flatten(self.start)
+
+    def __getstate__(self):
+        return {"start": self.start}
+
+    def __setstate__(self, state):
+        self.__init__(state["start"])
+
+
+def flattened(dropped=False):
+    torch.manual_seed(0)
+    module = cached_module(nn.Sequential(Flattening(1), nn.Dropout(0.5), nn.Linear(4, 2)), freeze=True)
+    module[1].train(dropped)
+    return module
+
+
+def copies(module):
+    return copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+
+
+def test_a_copy_of_a_frozen_module_is_in_eval_mode():
+    """A layer that makes itself anew when it is copied comes out in training mode, which would bypass every call."""
+    x = torch.randn(3, 2, 2)
+    module = flattened()
+    module(x)
+    for other in (*copies(module), *copies(nn.Sequential(module))):
+        assert not any(child.training for child in (other if is_cached(other) else other[0]).modules())
+    other, loaded = copies(module)
+    assert torch.equal(other(x), module(x))
+    assert cache_of(other).stats.hits == 3
+    loaded(x)
+    assert cache_of(loaded).stats.computed == 3
+
+
+def test_a_copy_keeps_a_layer_in_training_mode_that_was_put_there():
+    """Dropout that somebody switched on in a frozen module stays on in its copies, whose calls are bypassed, too."""
+    for other in copies(flattened(dropped=True)):
+        assert [child.training for child in other] == [False, True, False]
+
+
 @cached_module(freeze=True)
 class Decorated(nn.Module):
     def __init__(self, width=3):
