@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .code import installed_class
 from .memoized import body_without, memoized
-from .turns import LONG, Places, getter, parted
+from .turns import LONG, Places, parted
 
 if TYPE_CHECKING:
     import contextvars
@@ -52,17 +52,19 @@ class Outside:
         self._any_current = bool(self._variables or self._locals)
         others = self._noting, self._empty_slots, self._memories, self._absent, self._any_current
         self.anything = bool(self._sized or any(others))
-        self.groups: Places = [
+        groups: Places = [
             (iter, self._mappings),
             (dict.values, self._mappings),
             (iter, self._sequences),
             (types.MappingProxyType.values, self._bodies),
-            (getter(("cell_contents",), operator.attrgetter), self._cells),
         ]
-        """What is in these is to be the very same: getters, and the places that each is to be called with."""
+        self.groups = [(get, places) for get, places in groups if places]
+        """What is in these is to be the very same: getters of several values, and what each is to be called with."""
+        self.ones: Places = [(operator.attrgetter("cell_contents"), self._cells)]
+        """The same, for getters of one value."""
 
     def same(self) -> bool:
-        """Whether all is as it was but for what is in `groups`, of which there is as much as there was."""
+        """Whether all is as it was but for what is in `groups` and `ones`, of which there is as much as there was."""
         return (
             [*map(len, self._sized)] == self._sizes
             and (not self._empty_slots or not any(itertools.starmap(hasattr, self._empty_slots)))

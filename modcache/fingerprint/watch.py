@@ -35,6 +35,7 @@ _requires_grad = operator.attrgetter("requires_grad")
 _any_grad: Callable[..., bool] = torch._C._any_requires_grad
 _forward = operator.attrgetter("forward")
 _code = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_just_code = operator.attrgetter("__code__")
 _INSIDE = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
 _inside = operator.itemgetter(*_INSIDE)
 _FORMS_AT_ONCE = 64  # tensors whose shape and strides are compared in each check; those of more are, in turn
@@ -116,9 +117,7 @@ class Watch:
         functions, and what `Outside` holds.
         """
         groups: dict[tuple[str, ...], list[Any]] = {}
-        # Code that is edited while it is used: reloaders of notebooks put what is new into the old functions.
-        own = [function for function in found.seen.functions.values() if not installed(function.__globals__)]
-        slots: dict[tuple[str, ...], list[Any]] = {("__code__",): own[:_FUNCTIONS_AT_ONCE], ("forward",): self._classes}
+        slots: dict[tuple[str, ...], list[Any]] = {}
         for name, names in found.attributes.items():
             if name and names:
                 groups.setdefault(names, []).append(vars(found.modules[name]))
@@ -131,14 +130,24 @@ class Watch:
         for value, filled, _ in found.seen.slotted.values():
             if filled:
                 slots.setdefault(filled, []).append(value)
-        all_groups: Places = [(getter(names), dicts) for names, dicts in groups.items()]
-        all_groups += [(getter(names, operator.attrgetter), objects) for names, objects in slots.items()]
-        self._groups = [(get, places) for get, places in (*all_groups, *self._outside.groups) if places]
+        self._groups: Places = [(getter(names), dicts) for names, dicts in groups.items() if len(names) > 1]
+        self._groups += [(getter(names, operator.attrgetter), objects) for names, objects in slots.items()]
+        self._groups += self._outside.groups
+        # Code that is edited while it is used: reloaders of notebooks put what is new into the old functions.
+        own = [function for function in found.seen.functions.values() if not installed(function.__globals__)]
+        single = [(names, dicts) for names, dicts in groups.items() if len(names) == 1]
+        self._ones: Places = [(operator.itemgetter(*names), dicts) for names, dicts in single]
+        self._ones += [(_just_code, own[:_FUNCTIONS_AT_ONCE]), (_forward, self._classes), *self._outside.ones]
+        self._ones = [(get, places) for get, places in self._ones if places]
         self._own = getter(found.attributes.get("", ()))
         self._values = list(self._all_values(vars(module)))
 
     def _all_values(self, own: dict[str, Any]) -> Iterable[object]:
-        return itertools.chain(self._own(own), _chain(_chain([map(get, places) for get, places in self._groups])))
+        return itertools.chain(
+            self._own(own),
+            _chain([map(get, places) for get, places in self._ones]),
+            _chain(_chain([map(get, places) for get, places in self._groups])),
+        )
 
     def same_structure(self, module: nn.Module) -> bool:
         """Whether modules, classes, hooks, attributes, containers and constants are the very same."""
