@@ -121,6 +121,24 @@ def test_links_are_not_followed(directory, tmp_path):
     assert not directory.remove_folder(other)
 
 
+@pytest.mark.parametrize("linked", ["rows", "folder"])
+def test_a_linked_folder_is_no_folder(directory, tmp_path, linked):
+    """A link in the place of a namespace's folder, or of all of them, is not listed, and what it names stays."""
+    elsewhere = tmp_path / "elsewhere"
+    inner = elsewhere / HEX if linked == "rows" else elsewhere
+    inner.mkdir(parents=True)
+    inner.joinpath("manifest.json").write_text("{}")
+    place = directory.path / "rows"
+    if linked == "rows":
+        place.rmdir()
+    else:
+        place /= HEX
+    place.symlink_to(elsewhere)
+    assert directory.folders() == []
+    assert not directory.remove_folder(HEX)
+    assert inner.joinpath("manifest.json").exists()
+
+
 def test_a_pipe_is_not_waited_for(directory):
     """A pipe or a folder in a segment's place is an error at once."""
     directory.make_folder(("rows", HEX))

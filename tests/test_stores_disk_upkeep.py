@@ -991,8 +991,14 @@ def test_nothing_of_a_stranger_is_touched(cache, tmp_path):
     (place(cache) / f"{'b' * 16}-000000.log").symlink_to(next(outside.glob("*.log")))
     (place(cache) / f"{'b' * 16}-000000.rows").mkdir()
     links = [cache / "rows" / ("c" * 32), place(cache) / f"{'b' * 16}-000000.log"]
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    write_manifest(theirs, {"class": "Theirs"})
+    (cache / "rows" / ("d" * 32)).symlink_to(theirs)
+    os.utime(cache / "rows" / ("d" * 32), (OLD, OLD), follow_symlinks=False)
+    links += [theirs / "manifest.json"]
     before = snapshot(outside, *strange, *links)
-    upkeep.listing(cache)
+    assert names(upkeep.listing(cache)) == [NS]
     upkeep.verify(cache, repair=True)
     upkeep.forget(cache, [key_of(1)])
     upkeep.gc(cache, max_bytes=0, older_than=0)

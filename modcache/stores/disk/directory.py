@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -124,7 +124,11 @@ class Directory:
 
     def folders(self) -> list[str]:
         """The folders of namespaces, sorted."""
-        return sorted(filter(is_folder, self._listed((ROWS_FOLDER,))))
+        return [
+            name
+            for name in sorted(filter(is_folder, self._listed((ROWS_FOLDER,))))
+            if _is_real_folder(self.place_of(name))
+        ]
 
     def place_of(self, folder: str) -> Path:
         """The path of the folder of a namespace."""
@@ -205,6 +209,8 @@ class Directory:
     def remove_folder(self, folder: str) -> bool:
         """Removes the folder of a namespace with its manifest if nothing else is in it; whether it is gone."""
         with contextlib.suppress(OSError):
+            if not self._is_within((ROWS_FOLDER, folder)):
+                return not os.path.lexists(self.place_of(folder))
             if set(self._listed((ROWS_FOLDER, folder))) <= {MANIFEST}:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.place_of(folder) / MANIFEST)
@@ -285,12 +291,22 @@ class Directory:
         finally:
             os.close(folder)
 
-    def _listed(self, parts: Iterable[str]) -> list[str]:
-        place = self.path.joinpath(*parts)
+    def _is_within(self, parts: tuple[str, ...]) -> bool:
+        """Whether a folder is in the directory, and not behind a link."""
+        return all(_is_real_folder(self.path.joinpath(*parts[: end + 1])) for end in range(len(parts)))
+
+    def _listed(self, parts: tuple[str, ...]) -> list[str]:
         try:
-            return os.listdir(place) if stat.S_ISDIR(os.lstat(place).st_mode) else []
+            return os.listdir(self.path.joinpath(*parts)) if self._is_within(parts) else []
         except OSError:
             return []
+
+
+def _is_real_folder(place: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.lstat(place).st_mode)
+    except OSError:
+        return False
 
 
 def _begins_as_ours(name: str, file: int) -> bool:
