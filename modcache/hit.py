@@ -101,7 +101,7 @@ def hit(
     except UnknownClassError:
         return Missed(outline, recipe, keys)
     size = recipe.size
-    memo.count(site.namespace, size, size, seconds=(keyed_at - began, perf_counter() - keyed_at, 0.0, 0.0))
+    memo.count_hits(site.namespace, size, keyed_at - began, perf_counter() - keyed_at)
     return output
 
 

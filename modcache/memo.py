@@ -287,10 +287,18 @@ class Memo:
         """Count a call, and tell whoever listens."""
         self._counters.add(rows, hits, computed, bypassed, reason, seconds)
         if self.hooks or log.isEnabledFor(logging.DEBUG):
-            report = CallReport(self.name, namespace, rows, hits, computed, bypassed, reason, Seconds(*seconds))
-            log.debug("%s", report)
-            for hook in tuple(self.hooks.values()):
-                self._tell(hook, report)
+            self._report(CallReport(self.name, namespace, rows, hits, computed, bypassed, reason, Seconds(*seconds)))
+
+    def count_hits(self, namespace: str, rows: int, keys: float, lookup: float) -> None:
+        """The same for a call all of whose rows were served: seconds for their keys, and for the look-up."""
+        self._counters.add_hits(rows, keys, lookup)
+        if self.hooks or log.isEnabledFor(logging.DEBUG):
+            self._report(CallReport(self.name, namespace, rows, rows, seconds=Seconds(keys, lookup)))
+
+    def _report(self, report: CallReport) -> None:
+        log.debug("%s", report)
+        for hook in tuple(self.hooks.values()):
+            self._tell(hook, report)
 
     def _tell(self, hook: CallHook, report: CallReport) -> None:
         try:

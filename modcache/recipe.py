@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from operator import countOf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +40,7 @@ def outline_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], grad: bool) -> 
         cls = type(value)
         if cls is torch.Tensor and not (grad and value.requires_grad) and not value.is_nested:
             outline += (value.dtype, value.shape, value.device, value.layout)
-        elif (cls is list or cls is tuple) and [*map(type, value)].count(str) == len(value) > 0:
+        elif (cls is list or cls is tuple) and countOf(map(type, value), str) == len(value) > 0:
             outline += (cls, len(value))
         elif cls in _FLAGS:
             outline += (cls, value)

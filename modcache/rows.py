@@ -39,7 +39,7 @@ class Layout:
         return sum(self.leaf_bytes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: to fill a frozen one takes three times as long, in every hit
 class Rows:
     """Records of one layout, stacked: each tensor is ``(n, *shape)``, contiguous and detached."""
 

@@ -163,6 +163,15 @@ class Counters:
                 self._bypassed += bypassed
                 self._reasons[reason] += bypassed
 
+    def add_hits(self, rows: int, keys: float, lookup: float) -> None:
+        """Count a call all of whose rows were served, and the seconds that their keys and their look-up took."""
+        with self._lock:
+            self._calls += 1
+            self._rows += rows
+            self._hits += rows
+            self._keys += keys
+            self._lookup += lookup
+
     def add_refused(self, rows: int) -> None:
         """Count rows that were computed and found no room."""
         with self._lock:

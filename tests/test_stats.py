@@ -177,3 +177,13 @@ def test_no_call_at_all_says_what_counts_as_one():
     assert "not cached" in str(cache_of(coder).stats).splitlines()[0]
     coder(torch.eye(3))
     assert str(cache_of(coder).stats).splitlines()[0].endswith("in 1 calls")
+
+
+def test_a_hit_is_counted_as_any_call():
+    """What is counted of a call all of whose rows were served is what it would be by the way of all calls."""
+    short, full = Counters(), Counters()
+    for rows in (3, 256):
+        short.add_hits(rows, 0.25, 0.5)
+        full.add(rows, rows, seconds=(0.25, 0.5, 0.0, 0.0))
+    assert short.snapshot(8) == full.snapshot(8)
+    assert short.snapshot(8).hits == 259

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,10 +167,12 @@ def given_keys(keys: object, count: int, seed: int, source: str) -> list[bytes]:
         UsageError: their number is not the number of rows.
         UsageTypeError: they are of a type that cannot be keys.
     """
-    numbers = keys
+    numbers: list[int] | None = None
     if type(keys) is torch.Tensor and keys.dtype is torch.int64 and keys.ndim == 1 and not keys.is_meta:
         numbers = keys.tolist()
-    if type(numbers) is not list or len(numbers) != count or set(map(type, numbers)) != {int}:
+    elif type(keys) is list and operator.countOf(map(type, keys), int) == len(keys):
+        numbers = keys
+    if numbers is None or len(numbers) != count:
         return given_digests(given_rows(keys, count, source), seed)
     known = _known(seed)
     try:

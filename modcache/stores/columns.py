@@ -88,7 +88,7 @@ class HostColumn:
 
     def take(self, rows: Places) -> torch.Tensor:
         """These rows, in fresh memory."""
-        taken = self._rows.take(rows, axis=0)
+        taken = self._rows.take(rows, 0)
         return torch.from_numpy(taken) if self._exact else self._as_dtype(taken)
 
     def lent(self) -> npt.NDArray[np.uint8]:

@@ -58,7 +58,11 @@ class Slab:
 
     def take(self, rows: Places) -> Rows:
         """These rows, in fresh memory."""
-        return Rows(self.layout, tuple([column.take(rows) for column in self._columns]))
+        columns = self._columns
+        return Rows(
+            self.layout,
+            (columns[0].take(rows),) if len(columns) == 1 else tuple([column.take(rows) for column in columns]),
+        )
 
     def lent(self, rows: Places, positions: Places) -> Lent | None:
         """These rows where they lie, until the next change; None where the host cannot read them."""
