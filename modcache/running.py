@@ -145,7 +145,8 @@ def run_rows(job: Job, places: list[int], width: int) -> Run:
         job.memo.block(job.form, "writes into its input")
         raise Bypass(
             "writes into its input",
-            "its forward changes an input in place, which a stored row would not do; it runs uncached from now on.",
+            "its forward changes an input in place, which a stored row would not do; it runs uncached from now on. "
+            "Clone the input inside of the module.",
             *((output,) if whole else ()),
         )
     return Run(output, whole, len(places))
