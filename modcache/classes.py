@@ -272,7 +272,7 @@ def _train(cls: type[nn.Module]) -> Callable[..., Any]:
 def _setstate(cls: type[nn.Module]) -> Callable[..., None]:
     @functools.wraps(cls.__setstate__)
     def __setstate__(self: nn.Module, state: Any) -> None:  # noqa: N807 - it is the class's own
-        cls.__setstate__(self, state)
+        cls.__setstate__(self, state)  # type: ignore[no-untyped-call]
         found = self.__dict__.get(ATTACHED)
         if isinstance(found, Attached) and found.requested.freeze and not self.training:
             freeze_copy(self)

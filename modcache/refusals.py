@@ -68,8 +68,8 @@ def refuse_standing(standing: Standing, grad: bool, *, versioned: bool, frozen: 
     if standing.unreadable and not versioned:
         raise Bypass(
             "weights cannot be read",
-            f"the values of {', '.join(standing.unreadable[:3])} cannot be read (meta, sharded, offloaded, freed, "
-            "or of a scripted module), so it runs uncached. Give version= to name these weights yourself.",
+            f"the values of {', '.join(standing.unreadable[:3])} cannot be read (meta, sparse, sharded, offloaded, "
+            "freed, or of a scripted module), so it runs uncached. Give version= to name these weights yourself.",
         )
     if standing.restless:
         raise Bypass(

@@ -38,3 +38,10 @@ def test_distinct_rows_differ_in_some_input():
     """Of rows that are the same in all inputs one is taken."""
     call = asked(x=torch.tensor([[1.0], [1.0], [1.0], [2.0]]), text=["a", "a", "b", "a"])
     assert distinct_rows(call) == [0, 2, 3]
+
+
+def test_rows_that_are_lists_of_tensors_are_told_apart():
+    """A row of several tensors, as the images or the boxes of a sample, is compared tensor by tensor."""
+    one, two = torch.ones(2), torch.zeros(2)
+    rows = [[one, two], [one.clone(), two.clone()], [one], [two, one], [{"boxes": one}, two]]
+    assert distinct_rows(asked(x=torch.zeros(5, 1), other=rows)) == [0, 2, 3, 4]

@@ -20,6 +20,10 @@ _ROWS = 4
 _LOOKED_AT = 64
 """Rows among which these are looked for."""
 
+_ARRAYS = (torch.Tensor, np.ndarray)
+_COMPARED = (*_ARRAYS, int, float, complex)
+"""What an array of values can be compared with."""
+
 
 def distinct_rows(asked: Asked) -> list[int]:
     """The first few rows that all differ."""
@@ -70,9 +74,15 @@ def _holding(rows: Any, row: Any) -> np.ndarray:
 
 
 def _same(one: Any, two: Any) -> bool:
-    if isinstance(one, torch.Tensor | np.ndarray):
+    if isinstance(one, _ARRAYS) or isinstance(two, _ARRAYS):
+        if not (isinstance(one, _COMPARED) and isinstance(two, _COMPARED)):
+            return False
         one, two = torch.as_tensor(one), torch.as_tensor(two)
         return one.shape == two.shape and torch.equal(one, two)
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        return one.keys() == two.keys() and all(_same(one[name], two[name]) for name in one)
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):  # of tensors it cannot be compared by ==
+        return len(one) == len(two) and all(map(_same, one, two))
     return bool(one is two or one == two)
 
 
