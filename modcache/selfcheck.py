@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import torch
 
@@ -47,6 +47,7 @@ def self_check(job: Job, places: list[int], rows: Rows, run: Run, width: int, *,
     if other is not None:
         dims = _dims(job, run, rows.layout, width, other.layout, other_width)
         _compare(job, run, _comparable(rows, other, places, chosen, dims, tokens))
+        _check_among_others(job, places, rows, run, dims)
     elif tokens is not None and 1 < width < other_width:
         found = _at_full_length(job, places, rows, run, chosen, tokens, width)
         if found is None:
@@ -59,6 +60,25 @@ def self_check(job: Job, places: list[int], rows: Rows, run: Run, width: int, *,
     same = sameness(job.batch, places, () if tokens is None else tokens.paths)
     job.memo.let_pass(job.site.namespace, job.form, dims, same)
     return dims
+
+
+def _check_among_others(job: Job, places: list[int], rows: Rows, run: Run, dims: TokenDims) -> None:
+    """Where copies of one row were run, and one argument may be a table that another one looks into: two rows as well.
+
+    A row that finds itself in the table comes out right among copies of itself.
+
+    Raises:
+        Bypass: a row came out otherwise.
+    """
+    if job.keyed.tokens is not None or len(job.batch.columns) < 2 or not 1 < len(places) <= _FEW:
+        return
+    sizes = sizes_of(rows) or [0.0] * len(places)
+    by_size = sorted(range(len(places)), key=sizes.__getitem__)
+    chosen = [places[by_size[rank]] for rank in _AMONG_OTHERS[len(places)]]
+    with preserved_randomness():
+        other = _again(job, run, chosen, job.batch)
+    if other is not None:
+        _compare(job, run, _comparable(rows, other, places, chosen, dims, None))
 
 
 def _dims(job: Job, run: Run, layout: Layout, width: int, other: Layout, other_width: int) -> TokenDims:
@@ -255,6 +275,8 @@ def rows_to_check(places: list[int], sizes: list[float], lengths: list[int] | No
 
 
 _FEW = 4
+_AMONG_OTHERS: Final = {2: (1, 1, 0, 1), 3: (1, 1, 0, 1), 4: (1, 2, 2)}
+"""By the size of their output: of all such orders, those that find most tables that rows look into."""
 _MIDDLING = 3
 
 

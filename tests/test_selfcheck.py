@@ -234,6 +234,26 @@ def test_a_shared_argument_of_the_size_of_the_batch_that_changes_nothing_yet(kin
         module(torch.randn(count, count), table(count))
 
 
+LOOKED_UP = {
+    "index": lambda ids, table: table[ids],
+    "one of many": lambda ids, table: (ids[:, None] == torch.arange(len(table))).float() @ table,
+}
+
+
+@pytest.mark.filterwarnings("ignore::modcache.CacheWarning")
+@pytest.mark.parametrize("kind", LOOKED_UP)
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_table_of_the_size_of_the_batch_that_rows_look_into(kind, count):
+    """A row that finds itself in the table says nothing; among others of the batch it finds another one."""
+    plain = LOOKED_UP[kind]
+    for number in range(8):
+        torch.manual_seed(number)
+        module, table = cached_module(_Of(plain).eval()), torch.randn(count, 3)
+        for ids in (torch.arange(count), *torch.randint(0, count, (4, count))):
+            assert torch.equal(module(ids, table), plain(ids, table))
+        assert cache_of(module).stats.hits == 0
+
+
 def test_copies_that_do_not_fit_into_memory():
     """Where three copies of a row have no room, one of it is looked at."""
     sizes = []
