@@ -119,7 +119,10 @@ def _weights_moved(job: Job, run: Run, name: str) -> NoReturn:
     advice = None
     if job.memo.note_moved():
         job.memo.block(job.form, "changes its own weights")
-        advice = f"its forward keeps changing {name}, so no row stays valid; it runs uncached from now on."
+        advice = (
+            f"its forward keeps changing {name}, so no row stays valid; it runs uncached from now on. Take that out of "
+            "the forward, or cache a submodule."
+        )
     raise Bypass("changes its own weights", advice, *((run.output,) if run.whole else ()))
 
 

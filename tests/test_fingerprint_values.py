@@ -3,6 +3,7 @@
 import os
 import sys
 import types
+import uuid
 
 import numpy as np
 import pytest
@@ -126,6 +127,19 @@ def test_a_layer_of_einops_counts_by_its_pattern():
     assert of_process[0].digest == of_process[1].digest
     other = Identity().fingerprint(nn.Sequential(Rearrange("b (w h)", first)))
     assert other.digest != of_process[0].digest
+
+
+class Attention(nn.Module):
+    """Names what it keeps between steps of a decoder as the layers of fairseq and ESM do."""
+
+    def __init__(self):
+        super().__init__()
+        self._incremental_state_id = str(uuid.uuid4())
+
+
+def test_a_random_name_of_a_layer_of_fairseq_does_not_count():
+    """Another process gives its layers other names, and finds the rows all the same."""
+    assert Identity().fingerprint(Attention()).digest == Identity().fingerprint(Attention()).digest
 
 
 class Marker:

@@ -35,6 +35,7 @@ _KEPT_BY_TORCH = frozenset(vars(nn.Module())) | {
     "_is_hf_initialized",
     "_is_replica",
     "_is_torch_compile",
+    "_incremental_state_id",  # fairseq's, random in each process
     "_former_parameters",
     *ORIGIN_NAMES,
 }
