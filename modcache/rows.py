@@ -39,7 +39,7 @@ class Layout:
         return sum(self.leaf_bytes)
 
 
-@dataclass(slots=True)  # not frozen: to fill a frozen one takes three times as long, in every hit
+@dataclass(frozen=True, slots=True)
 class Rows:
     """Records of one layout, stacked: each tensor is ``(n, *shape)``, contiguous and detached."""
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Describes", "Found", "Store", "StoreStats", "bytes_of"]
 
 
-@dataclass(slots=True)  # not frozen: to fill a frozen one takes three times as long, in every hit
+@dataclass(frozen=True, slots=True)
 class Found:
     """The rows of one layout that a store had, and which of the wanted keys they answer.
 
