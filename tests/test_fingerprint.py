@@ -1481,6 +1481,21 @@ def test_what_dynamo_notes_on_a_function_is_no_content():
     assert len(digests) == 1
 
 
+def checked_as_by_beartype(inner, address):
+    """The function in a check of its argument, made as beartype makes it: by text, with addresses in it."""
+    source = f"def check(x, *, __beartype_func={address}):\n    assert x != {address}\n    return inner(x)"
+    namespace = {"inner": inner}
+    exec(compile(source, f"<@beartype(check) at {address:#x}>", "exec"), namespace)
+    return functools.wraps(inner)(namespace["check"])
+
+
+def test_a_check_by_beartype_is_no_content():
+    """It is made anew in each process and does nothing but refuse arguments; what it checks counts."""
+    digests = [callable_digest(checked_as_by_beartype(lambda x: x + 1, address)) for address in (7000, 8000)]
+    assert digests[0] == digests[1]
+    assert callable_digest(checked_as_by_beartype(lambda x: x + 2, 7000)) != digests[0]
+
+
 NOTING = """
 import torch
 class Model(torch.nn.Module):

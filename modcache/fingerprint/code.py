@@ -135,11 +135,14 @@ def names_in(code: types.CodeType) -> Names:
     return _names_of(_Exactly(code))
 
 
-_LIBRARIES = frozenset({"torch", "torchgen", "functorch", "triton", "numpy", "modcache", *sys.stdlib_module_names})
+# The standard library's, torch's, numpy's; and beartype's, which refuses arguments and changes none.
+_LIBRARIES = frozenset(
+    {"torch", "torchgen", "functorch", "triton", "numpy", "beartype", "modcache", *sys.stdlib_module_names}
+)
 
 
 def of_library(module_name: object) -> bool:
-    """Whether a Python module is the standard library's, torch's or numpy's: known by name, not followed."""
+    """Whether a Python module is one of those that are known by name, and not followed."""
     top = module_name.partition(".")[0] if isinstance(module_name, str) else "builtins"
     return top in _LIBRARIES and module_name != "__main__"
 
