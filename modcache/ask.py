@@ -91,9 +91,9 @@ def keyed_of(memo: Memo, batch: Batch, arguments: Arguments, given: Given | None
             )
         return extractor(arguments.bound(), batch)
     except NoContentError as error:
-        given_helps = given is None and memo.options.per_row
-        remedy = "Give that type a key with register_key_extractor" + (", or pass cache_keys=." if given_helps else ".")
-        raise Bypass("no key", f"{error}; it runs uncached. {remedy}") from None
+        given_helps = given is None and memo.options.per_row and not error.shared
+        ways = f"{error.remedy}, or pass cache_keys=" if given_helps else error.remedy
+        raise Bypass("no key", f"{error}; it runs uncached. What to do: {ways}.") from None
 
 
 def home_of(site: Site, batch: Batch) -> torch.device:

@@ -244,6 +244,8 @@ def _taken(column: Column, places: Sequence[int]) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         index = torch.tensor(places, dtype=torch.int64, device=value.device)
+        if value.layout is torch.sparse_coo:  # which cannot be indexed
+            return value.index_select(0, index)
         return taken_as_whole(value, lambda values: values[index])
     if isinstance(value, np.ndarray):
         return value[np.asarray(places, dtype=np.int64)]

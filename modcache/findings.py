@@ -71,6 +71,11 @@ class Findings:
         """Why calls of this form are bypassed for good, if they are."""
         return self._blocked.get(form) if self._blocked else None
 
+    @property
+    def anything_blocked(self) -> bool:
+        """Whether calls of any form are bypassed for good."""
+        return bool(self._blocked)
+
     def refused(self, namespace: str, form: Form) -> str | None:
         """Why calls of this form are bypassed, for good or while the module is as it is, if they are."""
         if self._not_rows and self._not_rows.get((namespace, form), 0) >= _ENOUGH:

@@ -84,6 +84,7 @@ def values_differ(value: torch.Tensor | Sequence[str]) -> bool:
 
 
 def _values_differ(column: Column, places: Sequence[int]) -> bool:
+    """Of rows without content, only the caller, who gave their keys, knows in what they differ."""
     value: Any = column.value
     if column.single or len(places) < 2:
         return False
@@ -91,12 +92,14 @@ def _values_differ(column: Column, places: Sequence[int]) -> bool:
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             value = torch.from_numpy(np.ascontiguousarray(value).reshape(len(value), -1).view(np.uint8).copy())
         if isinstance(value, torch.Tensor):
+            if value.layout is not torch.strided:
+                return True
             first, last = places[0], places[-1]
             if values_differ(value[first : last + 1 : last - first]):
                 return True
             return values_differ(value) if len(places) == len(value) else _some_differ(value, places)
         return _items_differ(_rows_at(value, places))
-    except NoContentError:  # only the caller, who gave the keys of the rows, knows in what they differ
+    except NoContentError:
         return True
 
 

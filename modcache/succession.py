@@ -59,7 +59,7 @@ class Succession:
         self._hits, self._computed = memo.hits, memo.computed
         changing = trained or self._changes >= _FUTILE
         memo.keep_in_memory(changing)
-        if changing:
+        if changing and not memo.findings.anything_blocked:  # else it was told already what is wrong with it
             _say_why(memo, trained)
         for namespace in self._naming.names_of(before):
             memo.retire(namespace)

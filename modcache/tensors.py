@@ -10,7 +10,20 @@ __all__ = ["NoContentError", "is_ordinary", "is_plain", "is_readable", "memory_o
 
 
 class NoContentError(Exception):
-    """A value has no content that could name it (an arbitrary object, a generator, a fake tensor)."""
+    """A value has no content that could name it (an arbitrary object, a generator, a fake tensor).
+
+    Args:
+        what: has none, in words.
+        remedy: what the user can do about it, in words.
+        shared: whether all rows share the value, so that keys given for the rows do not stand for it.
+    """
+
+    def __init__(
+        self, what: str, remedy: str = "give that type a key with register_key_extractor", *, shared: bool = False
+    ) -> None:
+        super().__init__(what)
+        self.remedy = remedy
+        self.shared = shared
 
 
 _ORDINARY = frozenset(
@@ -20,6 +33,9 @@ _ORDINARY = frozenset(
         getattr(torch.nn, "Buffer", torch.Tensor),
     }  # Buffer came with torch 2.5
 )
+
+
+_REMEDY = "pass a plain, dense tensor"
 
 
 def is_ordinary(tensor: torch.Tensor) -> bool:
@@ -63,7 +79,7 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
 def settled(tensor: torch.Tensor) -> torch.Tensor:
     """The logical values of a tensor on the host: detached, conjugation and negation carried out."""
     if not is_readable(tensor):
-        raise NoContentError(f"a {_kind(tensor)} has no readable values to make a key of")
+        raise NoContentError(f"a {_kind(tensor)} has no readable values to make a key of", _REMEDY)
     tensor = tensor.detach()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()

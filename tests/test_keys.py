@@ -459,3 +459,34 @@ def test_what_rows_share_is_not_remembered():
     for number in range(20):
         keys_of(Extractor(), x=X, shared=["a"] * number + [str(number)])
     assert parts._seed.cache_info().currsize <= before + 1
+
+
+OF_OWN = "give that type a key with register_key_extractor"
+DENSE = "pass a plain, dense tensor"
+
+
+@pytest.mark.parametrize(
+    ("args", "ways"),
+    [
+        (([object(), object()],), f"{OF_OWN}, or pass cache_keys=."),
+        ((X, object()), f"{OF_OWN}."),
+        ((torch.eye(4).to_sparse(),), f"{DENSE}, or pass cache_keys=."),
+        ((X, torch.eye(5).to_sparse()), f"{DENSE}."),
+    ],
+    ids=["an object per row", "a shared object", "sparse rows", "a shared sparse tensor"],
+)
+def test_the_way_out_of_a_value_without_a_key_is_one(args, ways):
+    """Given keys stand for what is per row alone, and a tensor is no type to register."""
+
+    class Constant(nn.Module):
+        def forward(self, x, other=None):
+            return torch.zeros(len(x), 1)
+
+    cached = cached_module(Constant(), freeze=True)
+    with pytest.warns(CacheWarning) as told:
+        cached(*args)
+    assert [str(warning.message).partition("What to do: ")[2] for warning in told] == [ways]
+    if "cache_keys" in ways:
+        for _ in range(2):
+            cached(*args, cache_keys=range(len(args[0])))
+        assert cache_of(cached).stats.hits == len(args[0])

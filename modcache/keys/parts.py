@@ -245,7 +245,7 @@ def shared_bytes(path: str, value: object) -> bytes:
     try:
         return _object_bytes(value)
     except NoContentError as error:
-        raise NoContentError(f"{path}: {error}") from None
+        raise NoContentError(f"{path}: {error}", error.remedy, shared=True) from None
     except OSError as error:  # where to write to, maybe: only the module knows whether it reads that file
         raise NoContentError(f"{path} names a file that cannot be read ({error})") from None
 
